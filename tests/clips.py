@@ -1,0 +1,129 @@
+"""Tiny real video files for the tests, encoded in memory; every frame carries its number, so that it can be recognised.
+
+A frame is a grid of 4 x 3 cells: cell k is bright where bit k of the frame number is set. A moving texture on top of it
+gives the encoder something to predict, so that reference and non-reference frames really differ.
+"""
+
+import io
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+
+import av
+import numpy as np
+
+COLUMNS, ROWS = 4, 3
+CLOCK = 600  # pts ticks a second of the files made here; 20 ticks are one frame at 30 fps
+
+
+def picture(number: int, *, width: int, height: int) -> np.ndarray:
+    """Return frame `number` as uint8 [height, width, 3]."""
+    y, x = np.mgrid[:height, :width]
+    bit = (y * ROWS // height) * COLUMNS + x * COLUMNS // width
+    bright = (number >> bit) & 1
+    texture = 24 * np.sin((x + 3 * number) / 5) + 16 * np.sin((y - 2 * number) / 4)
+    grey = np.where(bright, 200, 55) + texture
+    return np.stack([grey, grey * 0.8 + 20, 255 - grey], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def number(frame: np.ndarray) -> int:
+    """Read the number that `picture` wrote into a frame of any size."""
+    green = frame[..., 1].astype(np.float64)
+    rows = [np.array_split(row, COLUMNS, axis=1) for row in np.array_split(green, ROWS, axis=0)]
+    cells = [cell.mean() > 122 for row in rows for cell in row]
+    return sum(int(bright) << bit for bit, bright in enumerate(cells))
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [number(frame) for frame in frames]
+
+
+def clip(
+    num_frames: int = 24,
+    *,
+    size: tuple[int, int] = (96, 64),
+    codec: str = "libx264",
+    container: str = "mp4",
+    options: dict[str, str] | None = None,
+    pix_fmt: str = "yuv420p",
+    pts: Sequence[int] | None = None,
+    layout: str = "v",
+) -> bytes:
+    """Encode a clip of `size` (width, height); `pts` in ticks of 1/CLOCK s (default 30 fps).
+
+    `layout` names the streams in order: "v" the clip, "a" a second of silence, "w" a second video of other frames.
+    """
+    file = io.BytesIO()
+    pts = pts if pts is not None else [i * CLOCK // 30 for i in range(num_frames)]
+    with av.open(file, "w", format=container) as output:
+        streams = [_add_stream(output, kind, codec=codec, size=size, pix_fmt=pix_fmt, options=options) for kind in layout]
+        for kind, stream in zip(layout, streams, strict=True):
+            first = 1000 if kind == "w" else 0
+            frames = _silence() if kind == "a" else _frames(pts, first=first, size=size, pix_fmt=pix_fmt)
+            for frame in [*frames, None]:
+                output.mux(stream.encode(frame))
+    return file.getvalue()
+
+
+def _add_stream(output, kind, *, codec, size, pix_fmt, options):
+    if kind == "a":
+        return output.add_stream("aac", rate=16000)
+    stream = output.add_stream(codec, rate=30, options=options or {})
+    stream.width, stream.height = size
+    stream.pix_fmt = pix_fmt
+    stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK if codec != "mpeg4" else 30)
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _frames(pts, *, first, size, pix_fmt):
+    for i, ticks in enumerate(pts):
+        frame = av.VideoFrame.from_ndarray(picture(first + i, width=size[0], height=size[1]), format="rgb24")
+        frame = frame.reformat(format=pix_fmt, threads=1)
+        frame.pts, frame.time_base = ticks, Fraction(1, CLOCK)
+        yield frame
+
+
+def _silence():
+    for i in range(16):
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16000, i * 1024
+        yield frame
+
+
+def remux(data: bytes, *, first: int = 0, shift: int = 0, container: str = "mp4", options: dict | None = None) -> bytes:
+    """Copy packets from number `first` (decoding order) on, without the encoder, moving time by `shift` ticks of 1/CLOCK s."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container, options=options or {}) as output:
+        stream = source.streams.video[0]
+        copy = output.add_stream_from_template(stream)
+        ticks = int(Fraction(shift, CLOCK) / stream.time_base)
+        for packet in [packet for packet in source.demux(stream) if packet.size][first:]:
+            packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+            packet.stream = copy
+            output.mux(packet)
+    return file.getvalue()
+
+
+def rotated(data: bytes, degrees: int) -> bytes:
+    """Write into an mp4 that players should turn its picture clockwise by `degrees` (0, 90, 180, 270)."""
+    a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    return with_matrix(data, (a, b, -b, a))
+
+
+def with_matrix(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """Replace a, b, c, d of the display matrix in the first track header of an mp4."""
+    a, b, c, d = (value << 16 for value in matrix)
+    at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes stand before the matrix
+    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+
+
+def image(codec: str = "png", *, size: tuple[int, int] = (32, 24)) -> bytes:
+    """Encode `picture(5)` as a still image: "png", "mjpeg" or "libwebp"."""
+    pix_fmt = {"png": "rgb24", "mjpeg": "yuvj420p", "libwebp": "yuv420p"}[codec]
+    encoder = av.CodecContext.create(codec, "w")
+    encoder.width, encoder.height = size
+    encoder.pix_fmt, encoder.time_base = pix_fmt, Fraction(1, 25)
+    (frame,) = _frames([0], first=5, size=size, pix_fmt=pix_fmt)
+    frame.pts = None
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])

@@ -1,0 +1,466 @@
+"""Configuration: the schema of the sections, the checks that run before anything is opened, and `build`.
+
+Sections are typed here. Parts (`video`, `objective.*`, ...) are open maps whose `_target_` names the class that is
+built; their keys are checked against its signature. Hydra's struct mode stops a typo on the command line only; one in
+an experiment file would be merged silently, so everything is checked again after composition, and all findings are
+reported at once.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).parent.parent / "conf"
+ALLOWED = ("vlp.", "torch.optim.", "torch.nn.", "pytorch_lightning.loggers.")
+HYDRA_KEYS = {"_target_", "_partial_"}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
+
+Node = Any  # an open map that carries `_target_`
+
+
+class Parts(frozenset[str]):
+    """Marks a section of named nodes with `_target_`; holds the keys that a node may have beside its arguments."""
+
+
+@dataclasses.dataclass
+class Run:
+    name: str
+    seed: int
+    resume: bool  # continue the run of this name if there is one
+    stop_after: int | None  # commit and stop after this many steps of this attempt (exit 75), as a preemption would
+
+
+@dataclasses.dataclass
+class Trainer:
+    max_steps: int
+    accumulate: int  # micro-batches of an optimizer step
+    precision: str
+    strategy: str
+    devices: int | str
+    num_nodes: int
+    clip_grad_norm: float | None
+    nan_policy: str  # stop | skip
+    max_skipped_steps: int
+    bad_sample_budget: float  # share of the slots that may be unusable before the run stops with exit 65
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    compile: bool  # torch.compile of each transformer block
+    checkpoint_activations: bool
+    num_threads: int | None
+    progress_bar: bool
+
+
+@dataclasses.dataclass
+class Clip:
+    num_frames: int
+    size: int  # pixels a side that the model sees
+    short_side: int  # pixels to which the decoder scales the shorter side
+    sampling_train: Node
+    sampling_test: Node
+    transforms_train: list[Node]
+    transforms_test: list[Node]
+
+
+@dataclasses.dataclass
+class Tokenizer:
+    name: str | None  # Hugging Face name or local path; null trains one on the captions
+    revision: str | None
+    vocab_size: int
+    max_length: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int | None
+
+
+@dataclasses.dataclass
+class Data:
+    batch_size: int  # clips of an optimizer step, over all ranks and micro-batches
+    num_lanes: int
+    window_shards: int
+    num_workers: int
+    videos: str | None
+    captions: str | None
+    holdout: float
+    sources: Annotated[dict[str, Any], Parts({"weight"})]
+
+
+@dataclasses.dataclass
+class Optim:
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    layer_decay: float | None
+    lr_factors: dict[str, float]  # pattern of parameter names -> factor
+    freeze: list[str]  # patterns of parameter names
+    ema_decay: float | None
+
+
+@dataclasses.dataclass
+class Eval:
+    every: int | None  # steps between evaluations; null evaluates at the end only
+    batch_size: int
+    tasks: Annotated[dict[str, Any], Parts()]
+
+
+@dataclasses.dataclass
+class Paths:
+    runs: str
+    data: str
+
+
+@dataclasses.dataclass
+class Root:
+    """Every section of a config; `experiment` and `scale` files only override these."""
+
+    run: Run
+    trainer: Trainer
+    clip: Clip
+    tokenizer: Tokenizer
+    data: Data
+    video: Node
+    text: Node
+    fusion: Node | None
+    decoder: Node | None
+    model: Node
+    optim: Optim
+    schedule: Node
+    eval: Eval
+    paths: Paths
+    view: Annotated[dict[str, Any], Parts()]
+    objective: Annotated[dict[str, Any], Parts({"weight", "inputs"})]
+    logger: Annotated[dict[str, Any], Parts()]
+
+
+class ConfigError(ValueError):
+    """The user's config cannot run; `messages` holds one line for each finding."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = list(messages)
+
+
+def load(overrides: Sequence[str], *, conf: Path = CONF) -> DictConfig:
+    """Compose and check a config from the command line's overrides.
+
+    Raises:
+        ConfigError: everything that is wrong with it, one line each.
+    """
+    cfg, messages = _compose([*_experiment_first(overrides)], conf)
+    if cfg is not None:
+        messages += check(cfg)
+    if cfg is None or messages:
+        raise ConfigError(messages)
+    return cfg
+
+
+def check(cfg: DictConfig) -> list[str]:
+    """Return one line for each unknown key, wrong type, missing value and bad `_target_` of a composed config."""
+    try:
+        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        return [f"{error.full_key or 'config'}: {_first_line(error)}"]
+    messages = list(_section_errors(tree, Root, ""))
+    return messages or list(_value_errors(tree))
+
+
+def build(node: Any, **extra: Any) -> Any:
+    """Build the object that a checked node describes; `extra` are arguments that no config can hold.
+
+    The allow-list is enforced here too, so that no path around `check` exists. Hydra's own instantiation is kept
+    behind this function.
+
+    Raises:
+        ValueError: the target refuses its arguments, with its own message.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    bad = list(target_errors(plain, ""))
+    if bad:
+        raise ConfigError(bad)
+    try:
+        return instantiate(plain, **extra, _convert_="all")
+    except HydraException as error:
+        cause = error.__cause__
+        while isinstance(cause, HydraException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ValueError):
+            raise cause from None
+        raise
+
+
+def target_errors(node: Any, path: str, extra: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yield one message for each `_target_` below `node` that is not allowed or does not accept its keys."""
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
+        yield from target_errors(child, f"{path}.{key}".lstrip("."))
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return
+    target = node["_target_"]
+    try:
+        function = resolve(target)
+    except ConfigError as error:
+        yield f"{path or 'node'}._target_: {error}"
+        return
+    yield from _argument_errors(node, function, path, extra)
+
+
+def resolve(target: Any) -> Callable:
+    """Return the class or function that a `_target_` names.
+
+    The string is checked before anything is imported, and the module of what was found afterwards: a prefix test alone
+    would accept `vlp.data.shards.os.system`, because modules show what they import.
+
+    Raises:
+        ConfigError: not a string, outside the allow-list, or not found.
+    """
+    allowed = (*ALLOWED, *_user_packages())
+    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_][\w.]*", target) or not target.startswith(allowed):
+        raise ConfigError([f"{target!r} is outside the allowed packages {', '.join(allowed)}{_how_to_allow(target)}"])
+    module_name, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise ConfigError([f"'{target}' needs the package '{error.name}', which is not installed."]) from None
+        raise ConfigError([f"there is no module '{module_name}'."]) from None
+    except AttributeError:
+        module = importlib.import_module(module_name)
+        public = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
+        raise ConfigError([f"'{module_name}' has no '{name}'{_near(name, public)}"]) from None
+    home = f"{getattr(found, '__module__', None)}."
+    if not home.startswith(allowed) or not callable(found):
+        raise ConfigError(
+            [f"'{target}' is defined in '{home[:-1]}', outside the allowed packages {', '.join(allowed)}."]
+        )
+    return found
+
+
+def _user_packages() -> tuple[str, ...]:
+    """Packages of the user's own, from the environment and not from any config: a config may come from a stranger."""
+    return tuple(f"{name.strip()}." for name in os.environ.get("VLP_ALLOW", "").split(",") if name.strip())
+
+
+def _how_to_allow(target: Any) -> str:
+    package = str(target).partition(".")[0]
+    return f"; for a package of your own set VLP_ALLOW={package} in the environment." if package.isidentifier() else "."
+
+
+def _experiment_first(overrides: Sequence[str]) -> list[str]:
+    """Put `+experiment` before `+scale`: a scale changes the experiment, whatever the order on the command line."""
+    return sorted(overrides, key=lambda text: text.startswith("+scale"))
+
+
+def _compose(overrides: list[str], conf: Path) -> tuple[DictConfig | None, list[str]]:
+    """Compose; an override that Hydra refuses is reported and left out, so that the others are still checked."""
+    messages: list[str] = []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        while True:
+            try:
+                return compose("train", overrides=overrides), messages
+            except (HydraException, OmegaConfBaseException) as error:
+                guilty = _guilty(overrides, str(error))
+                messages.append(_explain(error, guilty, conf))
+                if guilty is None:
+                    return None, messages
+                overrides = [text for text in overrides if text != guilty]
+
+
+def _guilty(overrides: Sequence[str], message: str) -> str | None:
+    """Find the override that an error of Hydra speaks of."""
+    for text in sorted(overrides, key=len, reverse=True):
+        key, _, value = text.lstrip("+~").partition("=")
+        if text in message or f"'{key}'" in message or f"{key}/{value}'" in message:
+            return text
+    return None
+
+
+def _explain(error: Exception, guilty: str | None, conf: Path) -> str:
+    text = str(error)
+    missing = re.search(r"Could not find '([\w/]+)/([^'/]+)'", text)
+    if missing:
+        group, name = missing.groups()
+        known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+        return f"{group}={name}: there is no conf/{group}/{name}.yaml{_near(name, known)}"
+    if guilty and ("not in struct" in text or "Could not override" in text):
+        key = guilty.lstrip("+~").partition("=")[0]
+        return f"{guilty}: unknown key '{key}'{_near(key, _known_keys(conf))}"
+    return f"{guilty}: {_first_line(error)}" if guilty else _first_line(error)
+
+
+def _known_keys(conf: Path) -> list[str]:
+    cfg = compose("train")
+    keys: list[str] = []
+
+    def walk(node: Any, path: str) -> None:
+        for key in node if isinstance(node, Mapping) else ():
+            keys.append(f"{path}.{key}".lstrip("."))
+            walk(node[key], keys[-1])
+
+    walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return keys
+
+
+def _section_errors(tree: Any, schema: type, path: str) -> Iterator[str]:
+    if not isinstance(tree, Mapping):
+        yield f"{path or 'config'}: expected a section with keys, got {tree!r}."
+        return
+    hints = typing.get_type_hints(schema, include_extras=True)
+    for key in tree.keys() - hints.keys():
+        yield f"{f'{path}.{key}'.lstrip('.')}: unknown key '{key}'{_near(str(key), hints)}"
+    for name, hint in hints.items():
+        here = f"{path}.{name}".lstrip(".")
+        if name not in tree:
+            yield f"{here}: missing; a file under conf/ must set it."
+        elif typing.get_origin(hint) is Annotated:
+            yield from _parts_errors(tree[name], here, hint.__metadata__[0])
+        elif dataclasses.is_dataclass(hint):
+            yield from _section_errors(tree[name], typing.cast(type, hint), here)
+        else:
+            yield from _leaf_errors(tree[name], hint, here)
+
+
+def _leaf_errors(value: Any, hint: Any, path: str) -> Iterator[str]:
+    if value == "???":
+        yield f"{path}: a value is required; give it on the command line: {path}=VALUE."
+    elif not _fits(value, hint):
+        yield f"{path}: {value!r} has the wrong type; expected {_name(hint)}."
+    elif isinstance(value, Mapping | list):
+        yield from target_errors(value, path)
+        if hint is Any and isinstance(value, Mapping) and "_target_" not in value:
+            yield f"{path}: a part needs a '_target_', the class that is built."
+
+
+def _parts_errors(tree: Any, path: str, extra: Parts) -> Iterator[str]:
+    if not isinstance(tree, Mapping):
+        if tree is not None:
+            yield f"{path}: expected named parts, got {tree!r}."
+        return
+    for name, node in tree.items():
+        if node is None:
+            continue  # a part switched off: objective.matching=null
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            yield f"{path}.{name}: a part needs a '_target_', the class that is built; got {node!r}."
+        else:
+            yield from target_errors(node, f"{path}.{name}", extra)
+
+
+def _argument_errors(node: Mapping, function: Callable, path: str, extra: frozenset[str]) -> Iterator[str]:
+    known = inspect.signature(function).parameters
+    hints = _hints(function.__init__ if inspect.isclass(function) else function)
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        for key in node.keys() - HYDRA_KEYS - known.keys() - extra:
+            yield f"{path}.{key}: {node['_target_']} has no parameter '{key}'{_near(str(key), known)}"
+    for key, parameter in known.items():
+        if key not in node:
+            if parameter.default is inspect.Parameter.empty and not node.get("_partial_") and _named(parameter):
+                yield f"{path}.{key}: {node['_target_']} needs a value for '{key}'."
+        elif node[key] == "???":
+            yield f"{path}.{key}: a value is required; give it on the command line: {path}.{key}=VALUE."
+        elif key in hints and not _fits(node[key], hints[key]):
+            yield f"{path}.{key}: {node[key]!r} has the wrong type; {node['_target_']} takes {_name(hints[key])}."
+
+
+def _named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Does a plain value fit a type? Types that no config can write (modules, callables) are left to the target."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if hint in (Any, inspect.Parameter.empty) or (isinstance(value, Mapping) and "_target_" in value):
+        return True
+    if hint in (None, type(None)):
+        return value is None
+    if hint is bool or hint is str:
+        return isinstance(value, hint)
+    if hint is int or hint is float:
+        number = int if hint is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence, Iterable) or origin is type(Sequence):
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if arguments)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(_fits(item, arguments[1]) for item in value.values())
+    if inspect.isclass(hint):
+        return not isinstance(value, bool | int | float | str) or value is None
+    return True
+
+
+def _value_errors(tree: Mapping) -> Iterator[str]:
+    """Rules between values that no single type can state."""
+    trainer, data, clip, run = tree["trainer"], tree["data"], tree["clip"], tree["run"]
+    for section, keys in _POSITIVE.items():
+        for key in keys:
+            value = tree[section][key]
+            if value is not None and value < 1:
+                yield f"{section}.{key}: {value} is too small; it must be at least 1."
+    if not NAME.fullmatch(run["name"]):
+        yield f"run.name: {run['name']!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
+    for key, allowed in (("nan_policy", ("stop", "skip")), ("precision", _PRECISIONS), ("strategy", _STRATEGIES)):
+        if trainer[key] not in allowed:
+            yield f"trainer.{key}: {trainer[key]!r} is not known; use one of {', '.join(allowed)}."
+    if data["batch_size"] % data["num_lanes"]:
+        yield (
+            f"data.num_lanes: {data['num_lanes']} does not divide data.batch_size={data['batch_size']}; "
+            f"set data.num_lanes to one of {_divisors(data['batch_size'])}."
+        )
+    if clip["short_side"] < clip["size"]:
+        yield f"clip.short_side: {clip['short_side']} is below clip.size={clip['size']}; set it to at least clip.size."
+    if not [name for name, node in (tree["objective"] or {}).items() if node]:
+        yield "objective: nothing to train on; choose at least one, for example objective=[contrastive]."
+
+
+_POSITIVE = {
+    "trainer": ("max_steps", "accumulate", "log_every", "checkpoint_every", "num_nodes", "num_threads"),
+    "data": ("batch_size", "num_lanes", "window_shards"),
+    "clip": ("num_frames", "size"),
+    "tokenizer": ("vocab_size", "max_length"),
+    "eval": ("every", "batch_size"),
+}
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+_STRATEGIES = ("auto", "ddp")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+@functools.cache
+def _hints(owner: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(owner)
+    except (NameError, TypeError):  # a name that exists for type checkers only; the target checks its values itself
+        return {}
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f". Did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}." if len(list(known)) < 40 else "."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

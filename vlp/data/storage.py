@@ -1,0 +1,133 @@
+"""Where shards are: `read` and `size` by URL, and numeric brace expansion. Every reader of shards goes through here.
+
+Local files only today. Another scheme is one more class with `size` and `read`, chosen in `_open`; no caller changes.
+"""
+
+import itertools
+import os
+import re
+import stat
+from functools import lru_cache
+from urllib.parse import unquote, urlsplit
+
+MAX_EXPANSION = 1_000_000  # URLs that one pattern may stand for
+_MAX_OPEN = 256  # descriptors kept open in a process; far below the usual limit of 1,024
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
+
+
+class StorageError(Exception):
+    """Bytes could not be read; the message names the URL."""
+
+
+class _LocalFile:
+    """An open descriptor; closed when the last reader lets go of it, so a cache eviction never races with a read."""
+
+    def __init__(self, path: str) -> None:
+        # O_NONBLOCK: opening a FIFO must not hang.
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        self.size = status.st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):  # absent when os.open failed
+            os.close(self.fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        pieces, got = [], 0
+        while got < size:  # one pread returns at most 2 GiB
+            piece = os.pread(self.fd, size - got, offset + got)
+            if not piece:
+                raise OSError(f"cut since it was opened: it ends at byte {offset + got}")
+            pieces.append(piece)
+            got += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read(url: str, offset: int, size: int) -> bytes:
+    """Return exactly `size` bytes from `offset` on.
+
+    Raises:
+        StorageError: the file cannot be opened or read, or does not hold that range.
+        ValueError: the scheme of the URL is not allowed.
+    """
+    try:
+        file = _open(url)
+        if offset < 0 or size < 0 or offset + size > file.size:  # checked first: pread allocates what it is asked for
+            raise StorageError(f"{url}: bytes {offset} to {offset + size} are not inside its {file.size} bytes")
+        return file.read(offset, size)
+    except OSError as error:
+        raise StorageError(f"{url}: {error.strerror or error}") from error
+
+
+def size(url: str) -> int:
+    """Return the size in bytes as it is now, also where the file has been replaced since it was opened.
+
+    Raises:
+        StorageError: there is no such regular file.
+        ValueError: the scheme of the URL is not allowed.
+    """
+    path = local_path(url)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise StorageError(f"{url}: {error.strerror or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageError(f"{url}: not a regular file")
+    return status.st_size
+
+
+def forget(url: str) -> None:
+    """Drop the open descriptors of this process, because the file at `url` has just been replaced."""
+    local_path(url)
+    _open.cache_clear()
+
+
+def local_path(url: str) -> str:
+    """Return the path of a plain path or a `file:` URL.
+
+    Raises:
+        ValueError: another scheme, `-`, an empty URL, or a NUL byte.
+    """
+    if not url or url == "-" or "\0" in url:
+        raise ValueError(f"{url!r} is not a shard; give the path of a .tar file or a file:// URL.")
+    scheme = _SCHEME.match(url)
+    if not scheme:
+        return url
+    if scheme[1].lower() != "file":
+        raise ValueError(
+            f"{url!r}: '{scheme[1]}:' is not allowed, only paths and file:// URLs; copy the shards to a disk."
+        )
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise ValueError(f"{url!r} names the host {parts.netloc!r}; write file:///absolute/path.")
+    return local_path(unquote(parts.path))
+
+
+def expand(pattern: str) -> list[str]:
+    """Expand every `{000..123}` of a pattern; leading zeros of the first bound set the width.
+
+    Raises:
+        ValueError: a range runs backwards, or the pattern stands for more than a million URLs (counted, not expanded).
+    """
+    pieces = _RANGE.split(pattern)  # text, low, high, text, low, high, text
+    ranges, count = [], 1
+    for low, high in zip(pieces[1::3], pieces[2::3], strict=True):
+        if int(high) < int(low):
+            raise ValueError(f"{pattern!r}: the range {low}..{high} runs backwards; write {high}..{low}.")
+        ranges.append((len(low), range(int(low), int(high) + 1)))
+        count *= int(high) - int(low) + 1
+    if count > MAX_EXPANSION:
+        raise ValueError(f"{pattern!r} stands for {count} shards; at most {MAX_EXPANSION} are allowed; use several.")
+    # One list of words a piece: the texts stand for themselves.
+    words = [[piece] for piece in pieces[0::3]]
+    for at, (width, numbers) in enumerate(ranges):
+        words.insert(2 * at + 1, [f"{number:0{width}d}" for number in numbers])
+    return ["".join(chosen) for chosen in itertools.product(*words)]
+
+
+@lru_cache(maxsize=_MAX_OPEN)
+def _open(url: str) -> _LocalFile:
+    return _LocalFile(local_path(url))

@@ -1,0 +1,80 @@
+"""The collectives that losses need; each is a no-op on one process.
+
+Axes: B clips of a rank, W ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return torch_dist.get_world_size() if torch_dist.is_available() and torch_dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return torch_dist.get_rank() if world_size() > 1 else 0
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather along axis 0 whose backward sums each rank's share of the gradient from all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.num_rows = x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        torch_dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)  # [W*B, ...]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        torch_dist.all_reduce(total)  # gloo has no reduce_scatter
+        return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate x [B, ...] of all ranks in rank order to [W*B, ...], with gradients to every rank's part.
+
+    B must be the same on all ranks; the plan pads batches with masked slots to make it so.
+    """
+    if world_size() == 1:
+        return x
+    if x.is_floating_point() and x.requires_grad:
+        return _Gather.apply(x)  # type: ignore[return-value]
+    as_bytes = x.to(torch.uint8) if x.dtype == torch.bool else x  # gloo gathers no bool
+    parts = [torch.empty_like(as_bytes) for _ in range(world_size())]
+    torch_dist.all_gather(parts, as_bytes.contiguous())
+    return torch.cat(parts).to(x.dtype)
+
+
+def gather_tokens(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather tokens x [B, N, D] and mask [B, N] of all ranks, padded to the longest N."""
+    if world_size() == 1:
+        return x, mask
+    longest = int(max_over_ranks(torch.tensor(x.shape[1], device=x.device)))
+    missing = longest - x.shape[1]
+    return gather(F.pad(x, (0, 0, 0, missing))), gather(F.pad(mask, (0, missing)))
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of x over all ranks, without gradient."""
+    if world_size() == 1:
+        return x
+    total = x.detach().clone()
+    torch_dist.all_reduce(total)
+    return total
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Return the element-wise maximum of x over all ranks, without gradient."""
+    if world_size() == 1:
+        return x
+    largest = x.detach().clone()
+    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    return largest

@@ -1,0 +1,128 @@
+"""The two-tower family: a video encoder and a text encoder, optionally a fusion and a caption decoder.
+
+    frames -> pixels -> video (Grid) -> video_embed (unit vector)     two towers: contrastive
+                          |   \\
+                          |    +-> caption_logits                     decoder: captioning
+    text_ids -> text (Tokens) -> text_embed (unit vector)
+                          |
+              video, text -> fused -> fused_text, fused_video         fusion: matching, masked words, masked patches
+
+Axes: B clips, T frames or grid steps, C channels, H W pixels or cells, N tokens, L text length, D width, E embedding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vlp.forward import quantity
+from vlp.types import Fused, Grid, Tokens
+
+
+class VideoText(nn.Module):
+    """Two towers and what may stand on them; a part that no objective uses is dropped before training.
+
+    Args:
+        video: video encoder (pixels, frame_mask, hidden) -> Grid. text: text encoder (text_ids, text_mask) -> Tokens.
+        video_pool, text_pool: Grid or Tokens -> [B, D].
+        embed_dim: width of the shared space.
+        temperature: see vlp.layers.temperature.
+        fusion: (Grid, Tokens) -> Fused, or null. decoder: (Grid, text_ids, text_mask) -> logits, or null.
+        mean, std: of the pixels, in [0, 1], per channel.
+    """
+
+    def __init__(
+        self,
+        *,
+        video: nn.Module,
+        text: nn.Module,
+        video_pool: nn.Module,
+        text_pool: nn.Module,
+        embed_dim: int,
+        temperature: nn.Module,
+        fusion: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        self.video_encoder, self.text_encoder = video, text
+        self.video_pool, self.text_pool = video_pool, text_pool
+        self.video_projection = nn.Linear(int(video.dim), embed_dim, bias=False)
+        self.text_projection = nn.Linear(int(text.dim), embed_dim, bias=False)
+        self.temperature = temperature
+        self.fusion, self.decoder = fusion, decoder
+        self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
+        self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
+
+    @quantity
+    def pixels(self, frames: Tensor) -> Tensor:
+        """Normalise uint8 [B, T, H, W, C] on the device to float [B, T, C, H, W]."""
+        return rearrange(torch.addcmul(self.pixel_shift, frames, self.pixel_scale), "b t h w c -> b t c h w")
+
+    @quantity
+    def video(self, pixels: Tensor, frame_mask: Tensor, hidden: Tensor | None = None) -> Grid:
+        """Encode the clip; the content of `hidden` cells stays unseen."""
+        return self.video_encoder(pixels, frame_mask, hidden)
+
+    @quantity
+    def text(self, text_ids: Tensor, text_mask: Tensor) -> Tokens:
+        """Encode the caption."""
+        return self.text_encoder(text_ids, text_mask)
+
+    @quantity
+    def video_embed(self, video: Grid) -> Tensor:
+        """Return unit vectors [B, E]."""
+        return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
+
+    @quantity
+    def text_embed(self, text: Tokens) -> Tensor:
+        """Return unit vectors [B, E]."""
+        return F.normalize(self.text_projection(self.text_pool(text)), dim=-1)
+
+    @quantity
+    def logit_scale(self) -> Tensor:
+        """Return 1 / temperature, a scalar."""
+        return self.temperature()
+
+    @quantity
+    def fused(self, video: Grid, text: Tokens) -> Fused:
+        """Let video and text see each other."""
+        return self.fusion(video, text)
+
+    @quantity
+    def fused_text(self, fused: Fused) -> Tokens:
+        """Return the text side [B, L, D] of the fusion."""
+        return fused.text
+
+    @quantity
+    def fused_video(self, fused: Fused) -> Grid:
+        """Return the video side [B, T, H, W, D] of the fusion."""
+        assert fused.video is not None, "checked by shape_errors"
+        return fused.video
+
+    @quantity
+    def caption_logits(self, video: Grid, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Return next-token logits [B, L, V] of the caption decoder under teacher forcing."""
+        return self.decoder(video, text_ids, text_mask)
+
+    def shape_errors(self, quantities: set[str]) -> list[str]:
+        """Return one line for each pair of parts that do not fit together, of those that `quantities` use."""
+        widths = {"video": int(self.video_encoder.dim), "text": int(self.text_encoder.dim)}
+        taken = {"fusion": self.fusion if "fused" in quantities else None}
+        taken["decoder"] = self.decoder if "caption_logits" in quantities else None
+        messages = [
+            f"{part}.{side}_dim: {getattr(module, f'{side}_dim')} does not fit the {side} encoder; "
+            f"set {part}.{side}_dim={width}, the width of its output."
+            for part, module in taken.items()
+            for side, width in widths.items()
+            if module is not None and getattr(module, f"{side}_dim", width) != width
+        ]
+        if "fused_video" in quantities and not self.fusion.updates_video:
+            messages.append(
+                "fusion: this fusion gives no video side, which an objective takes as 'fused_video'; "
+                "choose fusion=joint or wire that role to 'video'."
+            )
+        return messages

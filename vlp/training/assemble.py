@@ -1,0 +1,106 @@
+"""From a checked config to the things that are trained: model, objectives, views, and the graph that wires them."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from vlp import config
+from vlp.forward import Graph, Wiring, flat, unused_parts
+from vlp.types import Batch
+
+
+class System(NamedTuple):
+    """What a config describes, built, wired and checked, before any data is opened."""
+
+    model: nn.Module
+    objectives: dict[str, nn.Module]
+    wirings: dict[str, Wiring]
+    weights: dict[str, float]
+    graph: Graph
+    dropped: dict[str, int]  # parts of the model that no objective uses, with their parameters; they are gone
+    trained: frozenset[str]  # parts of the model that get a gradient; the others that remain are frozen
+
+
+def assemble(cfg: DictConfig) -> System:
+    """Build the model, the objectives and the views, check the wiring and drop unused parts.
+
+    Raises:
+        config.ConfigError: every part that refuses its arguments, every wrong name, every shape that does not fit.
+    """
+    messages: list[str] = []
+    model = _try(lambda: config.build(cfg.model), "model", messages)
+    nodes = {name: node for name, node in cfg.objective.items() if node is not None}
+    objectives = {n: _try(lambda node=node: build_part(node), f"objective.{n}", messages) for n, node in nodes.items()}
+    views = {
+        name: _try(lambda node=node: config.build(node), f"view.{name}", messages)
+        for name, node in cfg.view.items()
+        if node is not None
+    }
+    if messages:
+        raise config.ConfigError(messages)
+    wirings = {n: {**type(objectives[n]).inputs, **plain(node.get("inputs") or {})} for n, node in nodes.items()}
+    graph = Graph(model, fields=Batch._fields, views=views)
+    messages = _wiring_errors(wirings, objectives, graph) + _shape_errors(model, wirings, graph)
+    if messages:
+        raise config.ConfigError(messages)
+    weights = {name: float(node.get("weight", 1.0)) for name, node in nodes.items()}
+    dropped = _drop_unused(model, wirings, graph)
+    trained = frozenset(graph.trained_parts(wanted(wirings)))
+    for name, part in model.named_children():
+        if name not in trained:  # read by a view without gradient only; data parallelism would wait for its gradient
+            part.requires_grad_(False)
+    return System(model, objectives, wirings, weights, graph, dropped, trained)
+
+
+def build_part(node: Any) -> Any:
+    """Build a part whose node carries keys of its section beside the arguments of its class."""
+    return config.build({key: value for key, value in plain(node).items() if key not in ("weight", "inputs")})
+
+
+def plain(node: Any) -> Any:
+    """Return a config node as plain lists and dicts."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def wanted(wirings: Mapping[str, Wiring]) -> list[str]:
+    """Return the names of all nodes that the objectives take."""
+    return [name for wiring in wirings.values() for _, name in flat(wiring)]
+
+
+def _try(make: Any, path: str, messages: list[str]) -> Any:
+    try:
+        return make()
+    except config.ConfigError as error:
+        messages += [f"{path}.{line}" for line in error.messages]
+    except (ValueError, TypeError) as error:
+        messages.append(f"{path}: {error}")
+    return None
+
+
+def _wiring_errors(wirings: Mapping[str, Wiring], objectives: Mapping[str, nn.Module], graph: Graph) -> list[str]:
+    messages = []
+    for name, wiring in wirings.items():
+        known = type(objectives[name]).inputs
+        for role in wiring.keys() - known.keys():
+            messages.append(f"objective.{name}.inputs.{role}: there is no such role; it takes {', '.join(known)}.")
+    wiring_of = {f"objective.{name}": wiring for name, wiring in wirings.items()}
+    return messages + graph.errors(wiring_of)
+
+
+def _shape_errors(model: nn.Module, wirings: Mapping[str, Wiring], graph: Graph) -> list[str]:
+    """Ask the family whether its parts fit together, for the quantities that this config takes."""
+    try:
+        names = {step.node.name for step in graph.plan(wanted(wirings))}
+    except ValueError:
+        return []  # already reported as a wiring error
+    return list(model.shape_errors(names))  # type: ignore[operator]
+
+
+def _drop_unused(model: nn.Module, wirings: Mapping[str, Wiring], graph: Graph) -> dict[str, int]:
+    dropped = {}
+    for part in unused_parts(graph, graph.plan(wanted(wirings))):
+        dropped[part] = sum(p.numel() for p in getattr(model, part).parameters())
+        setattr(model, part, None)
+    return dropped

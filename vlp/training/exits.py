@@ -1,0 +1,30 @@
+"""Exit codes: documented, stable, and the only thing a scheduler needs to read."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How a run ended. Only PREEMPTED and COLLECTIVE_TIMEOUT ask to be queued again."""
+
+    DONE = 0
+    DATA_BUDGET = 65  # too many unusable samples, or none at all
+    BUG = 70
+    CANNOT_CREATE = 73  # the run directory cannot be written
+    STORAGE = 74  # storage failed after retries
+    PREEMPTED = 75  # committed; queue me again
+    RESUME_REFUSED = 76
+    LOCKED = 77  # another process owns the run directory
+    BAD_CONFIG = 78
+    NON_FINITE = 79
+    COLLECTIVE_TIMEOUT = 80
+    SPIKE_BUDGET = 81
+    NO_VALID_CHECKPOINT = 82  # there was progress, but nothing can be loaded
+    DIVERGED = 83
+
+
+class StopRun(Exception):  # noqa: N818  (it is an ending, not always an error)
+    """End the process with a code and one line for the user."""
+
+    def __init__(self, code: Exit, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message

@@ -1,0 +1,290 @@
+"""One run from its config to its report: the order of things, and the exit code of each way to end."""
+
+import datetime
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from vlp import config, dist
+from vlp.data.datamodule import VideoTextData
+from vlp.report.run import write_report
+from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
+from vlp.training.assemble import System, assemble, plain
+from vlp.training.callbacks import (
+    Bar,
+    Commit,
+    Counting,
+    DataBudgetError,
+    Evaluation,
+    MetricsLog,
+    NonFiniteNotes,
+    write_note,
+)
+from vlp.training.ema import Ema
+from vlp.training.evaluation import Evaluator
+from vlp.training.exits import Exit, StopRun
+from vlp.training.metrics_csv import MetricsCsv
+from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
+    try:
+        return train(config.load(overrides))
+    except config.ConfigError as error:
+        print("\n".join(f"config: {line}" for line in error.messages), file=sys.stderr)
+        return Exit.BAD_CONFIG
+    except StopRun as stop:
+        print(stop.message, file=sys.stderr)
+        return stop.code
+
+
+def train(cfg: DictConfig) -> int:
+    """Run a checked config and return the exit code; every rank calls this.
+
+    Raises:
+        config.ConfigError: the parts do not fit together, or the data cannot serve the config.
+        StopRun: the run directory is refused.
+    """
+    system = assemble(cfg)
+    directory = Path(cfg.paths.runs) / cfg.run.name
+    run_dir.create(directory)
+    first = environment.is_first_process()
+    with run_dir.locked(directory) if first else nullcontext():
+        return Attempt(cfg, system, directory, first=first).run()
+
+
+class Attempt:
+    """One attempt at a run: from a fresh start or from its newest checkpoint to its end, whatever that is."""
+
+    def __init__(self, cfg: DictConfig, system: System, directory: Path, *, first: bool) -> None:
+        self.cfg, self.system, self.directory, self.first = cfg, system, directory, first
+        self.started = time.monotonic()
+        if cfg.trainer.num_threads is not None:
+            torch.set_num_threads(cfg.trainer.num_threads)
+        run_dir.refuse_other_config(directory, plain(cfg))
+        self.record = run_dir.Record(directory, writes=first)
+        self.data = self._data()
+        self.module = self._module()
+        self.evaluator = Evaluator(
+            system, plain(cfg.eval.tasks), self.data, batch_size=cfg.eval.batch_size, directory=directory
+        )
+
+    def run(self) -> int:
+        """Train, evaluate and report; return the exit code."""
+        self._restore()
+        self._introduce()
+        if self.module.cursor >= self.cfg.trainer.max_steps:
+            return self._already_done()
+        code, status = Exit.BUG, "failed"
+        try:
+            stopped = self._fit()
+            code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
+        except NonFiniteLossError as error:
+            code = self._explain(Exit.NON_FINITE, error)
+            write_note(self.directory, str(error))
+        except DataBudgetError as error:
+            code = self._explain(Exit.DATA_BUDGET, error)
+        except Exception:  # a bug: the traceback is for us, the record is for the report
+            traceback.print_exc()
+        self._finish(code, status)
+        return code
+
+    def _data(self) -> VideoTextData:
+        cfg = self.cfg
+        sources = prepare.sources(cfg)
+        weights = {name: float(plain(cfg.data.sources[name]).get("weight", 1.0)) for name in sources}
+        try:
+            return VideoTextData(
+                sources=sources,
+                weights=weights,
+                batch_size=cfg.data.batch_size,
+                accumulate=cfg.trainer.accumulate,
+                num_lanes=cfg.data.num_lanes,
+                window_shards=cfg.data.window_shards,
+                num_workers=cfg.data.num_workers,
+                seed=cfg.run.seed,
+                sampling_train=config.build(cfg.clip.sampling_train),
+                sampling_test=config.build(cfg.clip.sampling_test),
+                transforms_train=[config.build(node) for node in cfg.clip.transforms_train],
+                transforms_test=[config.build(node) for node in cfg.clip.transforms_test],
+                short_side=cfg.clip.short_side,
+                make_tokenizer=lambda captions: prepare.tokenizer(cfg, self.directory, captions),
+            )
+        except ValueError as error:
+            raise config.ConfigError([str(error)]) from None
+
+    def _module(self) -> Pretraining:
+        cfg, system = self.cfg, self.system
+        recipe = Recipe(
+            optimizer={key: cfg.optim[key] for key in ("lr", "betas", "eps", "weight_decay")},
+            layer_decay=cfg.optim.layer_decay,
+            lr_factors=plain(cfg.optim.lr_factors),
+            schedule=config.build(cfg.schedule),
+            max_steps=cfg.trainer.max_steps,
+            clip_grad_norm=cfg.trainer.clip_grad_norm,
+            nan_policy=cfg.trainer.nan_policy,
+            max_skipped_steps=cfg.trainer.max_skipped_steps,
+            seed=cfg.run.seed,
+        )
+        module = Pretraining(
+            model=system.model,
+            objectives=system.objectives,
+            wirings=system.wirings,
+            weights=system.weights,
+            graph=system.graph,
+            recipe=recipe,
+            loader=self._loader,
+        )
+        try:
+            optim.freeze(module, cfg.optim.freeze)
+            optim.settings(module, layer_decay=recipe.layer_decay, lr_factors=recipe.lr_factors)
+        except ValueError as error:
+            raise config.ConfigError([str(error)]) from None
+        if cfg.optim.ema_decay is not None:
+            module.ema = Ema(module, decay=cfg.optim.ema_decay)
+        prepare.fit_parts(module, self.data, self.directory, seed=cfg.run.seed)
+        return module
+
+    def _loader(self, start_step: int) -> Any:
+        return self.data.train_loader(
+            start_step=start_step,
+            num_steps=self.cfg.trainer.max_steps - start_step,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+        )
+
+    def _restore(self) -> None:
+        """Continue from the newest valid checkpoint, or refuse rather than start over silently."""
+        root = self.directory / "checkpoints"
+        path, refused = checkpoint.newest_valid(root)
+        for line in refused:
+            print(f"checkpoint refused: {line}", file=sys.stderr)
+        if path is None:
+            if self.record.values.get("step", 0) and self.record.values.get("committed"):
+                step = self.record.values["step"]
+                message = f"{root} holds no valid checkpoint, but the run had reached step {step}."
+                raise StopRun(Exit.NO_VALID_CHECKPOINT, message)
+            return
+        if not self.cfg.run.resume:
+            message = f"run '{self.cfg.run.name}' exists; set run.resume=true, or choose another run.name."
+            raise StopRun(Exit.RESUME_REFUSED, message)
+        self.restored = checkpoint.load(path)
+        checkpoint.load_module(self.module, self.restored.model)
+        if self.module.ema is not None:
+            self.module.ema.load(self.restored.ema)
+        facts = self.restored.facts
+        if facts["fingerprints"] != self.data.fingerprints():
+            message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
+            raise StopRun(Exit.RESUME_REFUSED, message)
+        self.module.resume(facts["cursor"], facts["num_skipped"], self.restored.optimizer)
+
+    def _introduce(self) -> None:
+        """Write what is known before the first step, and print it."""
+        if not self.first:
+            return
+        attempts = self.record.values.get("attempts", 0) + 1
+        self.record.update(**summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts)
+        run_dir.write_json(self.directory / "graph.json", summary.graph(self.system, self.module))
+        text = OmegaConf.to_yaml(self.cfg, resolve=True)
+        (self.directory / "config.yaml").write_text(text, encoding="utf-8")
+        print(summary.text(self.cfg, self.system, self.module, self.record.values, self.evaluator.skipped), flush=True)
+
+    def _fit(self) -> bool:
+        """Train to the last step or until told to stop; return whether it was told to."""
+        cfg = self.cfg
+        csv = MetricsCsv(self.directory / "metrics.csv", after_step=self.module.cursor) if self.first else None
+        log = MetricsLog(csv, every=cfg.trainer.log_every)
+        commit = Commit(self._save, every=cfg.trainer.checkpoint_every, stop_after=cfg.run.stop_after)
+        self.counting = Counting(
+            list(self.data.sources),
+            budget=cfg.trainer.bad_sample_budget,
+            explain=self.data.explain,
+            seen=self.record.values.get("seen", {}),
+        )
+        evaluation = Evaluation(self.evaluator, every=cfg.eval.every, log=log)
+        callbacks: list[Any] = [self.counting, log, NonFiniteNotes(self.directory), evaluation, commit]
+        if cfg.trainer.progress_bar and self.first:
+            callbacks.append(Bar(total=cfg.trainer.max_steps))
+        trainer = self._trainer(callbacks)
+        trainer.fit(self.module)
+        if not commit.stopped:
+            log.write(trainer, self.module.cursor, self.evaluator(self.module))
+        return commit.stopped
+
+    def _trainer(self, callbacks: list[Any]) -> pl.Trainer:
+        section = self.cfg.trainer
+        return pl.Trainer(
+            accelerator="auto",
+            devices=section.devices,
+            num_nodes=section.num_nodes,
+            strategy=section.strategy,
+            precision=section.precision,
+            max_epochs=1,
+            logger=[config.build(node) for node in self.cfg.logger.values() if node and self.first],
+            callbacks=callbacks,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+    def _save(self, module: Pretraining) -> None:
+        """Commit a checkpoint; every rank holds the same state, the first one writes."""
+        if not self.first:
+            return
+        facts = {
+            "cursor": module.cursor,
+            "num_skipped": module.num_skipped,
+            "fingerprints": self.data.fingerprints(),
+            "config": plain(self.cfg),
+            "seed": self.cfg.run.seed,
+        }
+        state = checkpoint.State(
+            model=checkpoint.module_state(module),
+            optimizer=checkpoint.optimizer_state(module.optimizers(use_pl_optimizer=False)),
+            ema=module.ema.average if module.ema is not None else {},
+            facts=facts,
+        )
+        root = self.directory / "checkpoints"
+        checkpoint.save(root, step=module.cursor, state=state, keep=self.cfg.trainer.keep_checkpoints)
+        self.record.update(step=module.cursor, committed=True, seen=self.counting.seen)
+
+    def _already_done(self) -> int:
+        print(
+            f"Run '{self.cfg.run.name}' has already reached step {self.module.cursor}. To train on, raise "
+            f"trainer.max_steps; for a new run, choose another run.name.\nReport: {write_report(self.directory)}"
+        )
+        return Exit.DONE
+
+    def _explain(self, code: Exit, error: Exception) -> Exit:
+        print(f"stopped: {error}", file=sys.stderr)
+        return code
+
+    def _finish(self, code: int, status: str) -> None:
+        """Record the end and write the report, for failed runs too."""
+        if not self.first:
+            return
+        seconds = self.record.values.get("seconds", 0.0) + time.monotonic() - self.started
+        sources = summary.sources(self.data, self.counting) if hasattr(self, "counting") else []
+        self.record.update(
+            status=status,
+            exit_code=int(code),
+            step=self.module.cursor,
+            seconds=seconds,
+            seen=self.counting.seen,
+            sources=sources,
+            ended=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        report = write_report(self.directory)
+        print(summary.ending(self.directory, status, self.module.cursor, report))

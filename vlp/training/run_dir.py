@@ -1,0 +1,139 @@
+"""The directory of a run: its lock, its record, and what may change between attempts.
+
+runs/NAME/
+    config.yaml     the resolved config            run.json     status, command, parts, sources, environment
+    graph.json      the plan of a step             metrics.csv  losses and rates by step
+    tokenizer.json  if it was trained here         eval/        scores and film strips
+    checkpoints/    see vlp.training.checkpoint    report.html
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from vlp.training.exits import Exit, StopRun
+
+FREE = (  # sections and keys that may differ when a run continues: they change no number that it computes
+    "run.resume",
+    "run.stop_after",
+    "trainer.max_steps",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+    "trainer.progress_bar",
+    "trainer.num_threads",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.bad_sample_budget",
+    "trainer.checkpoint_activations",
+    "trainer.compile",
+    "data.num_workers",
+    "data.videos",  # the fingerprint of the shards decides, not where they lie
+    "data.captions",
+    "data.sources",
+    "logger",
+    "eval",
+    "paths",
+)
+
+
+def create(directory: Path) -> None:
+    """Make the directory.
+
+    Raises:
+        StopRun: it cannot be written (exit 73).
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        message = f"the run directory {directory} cannot be written ({error.strerror}); set paths.runs or run.name."
+        raise StopRun(Exit.CANNOT_CREATE, message) from None
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Own the run directory; the operating system frees the lock when the process dies, however it dies.
+
+    Raises:
+        StopRun: another process owns it (exit 77).
+    """
+    file = (directory / "run.lock").open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _first_line(file)
+            message = f"{directory} is in use by {owner or 'another process'}; stop it or choose another run.name."
+            raise StopRun(Exit.LOCKED, message) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+class Record:
+    """`run.json`, rewritten as a whole at each update; keeps what earlier attempts wrote."""
+
+    def __init__(self, directory: Path, *, writes: bool) -> None:
+        self.path, self.writes = directory / "run.json", writes
+        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def update(self, **values: Any) -> None:
+        """Change keys and store the record; only rank 0 writes."""
+        self.values |= values
+        if self.writes:
+            write_json(self.path, self.values)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Replace a JSON file as a whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def refuse_other_config(directory: Path, new: Mapping[str, Any]) -> None:
+    """Compare with the config that the run started with.
+
+    Raises:
+        StopRun: a key differs that would make it another run (exit 76); every such key is listed.
+    """
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(new)
+    changed = [
+        f"{key}: was {before.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, "absent") != now.get(key, "absent") and not _is_free(key)
+    ]
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        message = f"run '{directory.name}' was started with another config:\n{lines}\n"
+        raise StopRun(Exit.RESUME_REFUSED, message + "choose another run.name, or the old values.")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        return {k: v for key, child in tree.items() for k, v in _flat(child, f"{path}.{key}".lstrip(".")).items()}
+    return {path: tree}
+
+
+def _first_line(file: TextIO) -> str:
+    file.seek(0)
+    return file.readline().strip()

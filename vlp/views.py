@@ -1,0 +1,227 @@
+"""Named corruptions of a step: each replaces some batch fields or quantities, and leaves the rest as it is.
+
+A view's parameters name what it reads; `writes` names what it returns, in order. All draws come from `key`, so a view
+does the same to a sample on every rank, at every batch position, after every restart.
+
+Axes: B clips, G clips of all ranks, T frames or grid steps, H W grid cells, L text length, N cells, D width.
+"""
+
+from typing import Protocol
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from vlp import dist, ops
+from vlp.types import IGNORE_INDEX, Grid, Tokens
+
+
+class MaskWords:
+    """Replace words by [MASK] and ask for them back; at least one word of every caption.
+
+    Args:
+        prob: share of the words to be predicted, in (0, 1].
+        mask_id: id of the mask token. vocab_size: random replacements are drawn below it.
+        whole_word: mask all pieces of a word together.
+        mask_share, random_share: of the chosen words, how many become [MASK] or a random token; the rest stay.
+
+    Source: arXiv:1810.04805, 3.1. Deviation: an exact share of each caption, where BERT draws each token by itself.
+    """
+
+    writes = ("text_ids", "labels")
+    detached = ()
+
+    def __init__(
+        self,
+        *,
+        prob: float,
+        mask_id: int | None,
+        vocab_size: int,
+        whole_word: bool = True,
+        mask_share: float = 0.8,
+        random_share: float = 0.1,
+    ) -> None:
+        _check_share("prob", prob)
+        if mask_id is None:
+            raise ValueError(
+                "mask_id=null: this tokenizer has no mask token; drop the view or choose another tokenizer."
+            )
+        if not (mask_share >= 0 and random_share >= 0 and mask_share + random_share <= 1):
+            raise ValueError(f"mask_share={mask_share} and random_share={random_share} must add up to at most 1.")
+        self.prob, self.mask_id, self.vocab_size, self.whole_word = prob, mask_id, vocab_size, whole_word
+        self.mask_share, self.random_share = mask_share, random_share
+
+    def __call__(self, text_ids: Tensor, word_ids: Tensor, valid: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (text_ids, labels), both [B, L] int64; labels are IGNORE_INDEX where nothing is asked."""
+        num_tokens = text_ids.shape[1]
+        positions = torch.arange(num_tokens, device=text_ids.device).expand_as(text_ids)
+        units = word_ids if self.whole_word else torch.where(word_ids >= 0, positions, -1)  # [B, L]
+        inside = units >= 0
+        unit_draws = ops.uniform(ops.fold(key, 1), num_tokens)  # [B, L], one a unit
+        exists = _units_present(units)  # [B, L]
+        counts = (exists.sum(1) * self.prob).round().clamp(min=1).long()  # [B]
+        chosen_units = ops.choose(unit_draws.masked_fill(~exists, -1.0), counts) & exists
+        chosen = chosen_units.gather(1, units.clamp(min=0)) & inside & valid[:, None]  # [B, L]
+        fate = ops.uniform(ops.fold(key, 2), num_tokens)
+        random_ids = (ops.uniform(ops.fold(key, 3), num_tokens) * self.vocab_size).long()
+        replaced = torch.where(fate < self.mask_share + self.random_share, random_ids, text_ids)
+        replaced = torch.where(fate < self.mask_share, self.mask_id, replaced)
+        return torch.where(chosen, replaced, text_ids), torch.where(chosen, text_ids, IGNORE_INDEX)
+
+
+class Pattern(Protocol):
+    """Which cells of a grid to hide: a score for each; the highest are hidden."""
+
+    ratio: float
+
+    def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Return scores [B, T, H, W] in [0, 1)."""
+        ...
+
+
+class RandomCells:
+    """Hide cells independently. Source: arXiv:2205.09113 (random space-time masking)."""
+
+    def __init__(self, *, ratio: float) -> None:
+        self.ratio = _check_share("ratio", ratio)
+
+    def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        t, h, w = shape
+        return rearrange(ops.uniform(key, t * h * w), "b (t h w) -> b t h w", t=t, h=h)
+
+
+class Tubes:
+    """Hide the same cells in every frame, so that a still copy is not left in the next. Source: arXiv:2203.12602."""
+
+    def __init__(self, *, ratio: float) -> None:
+        self.ratio = _check_share("ratio", ratio)
+
+    def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        t, h, w = shape
+        return repeat(ops.uniform(key, h * w), "b (h w) -> b t h w", t=t, h=h)
+
+
+class Blocks:
+    """Hide cells in space-time boxes, box after box until the ratio is reached.
+
+    Source: arXiv:2111.12681 (blockwise masking); boxes span a quarter to two thirds of each axis. Deviation: an exact
+    number of cells, so that every sample weighs the same.
+    """
+
+    def __init__(self, *, ratio: float, num_boxes: int = 16) -> None:
+        self.ratio, self.num_boxes = _check_share("ratio", ratio), num_boxes
+
+    def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        inside = [self._spans(ops.fold(key, axis), length) for axis, length in enumerate(shape)]  # each [B, boxes, n]
+        boxes = inside[0][:, :, :, None, None] & inside[1][:, :, None, :, None] & inside[2][:, :, None, None, :]
+        order = torch.arange(self.num_boxes, 0, -1, device=key.device)  # the first box counts most
+        rank = (boxes * order[None, :, None, None, None]).amax(1)  # [B, T, H, W]
+        jitter = RandomCells(ratio=self.ratio)(ops.fold(key, 9), shape)  # breaks ties inside a box
+        return (rank + jitter) / (self.num_boxes + 1)
+
+    def _spans(self, key: Tensor, length: int) -> Tensor:
+        draws = rearrange(ops.uniform(key, 2 * self.num_boxes), "b (n two) -> b n two", two=2)
+        size = (length * (1 / 4 + draws[..., 0] * (2 / 3 - 1 / 4))).round().clamp(min=1)  # [B, boxes]
+        start = (draws[..., 1] * (length - size + 1)).floor()
+        cells = torch.arange(length, device=key.device)
+        return (cells >= start[..., None]) & (cells < (start + size)[..., None])  # [B, boxes, length]
+
+
+class MaskPatches:
+    """Choose grid cells of a video whose content the encoder must not see; it gets them as `hidden`.
+
+    Args:
+        pattern: RandomCells, Tubes or Blocks.
+        patch_size: pixels a side of a grid cell. tubelet_size: frames a grid step.
+    """
+
+    writes = ("hidden",)
+    detached = ()
+
+    def __init__(self, *, pattern: Pattern, patch_size: int, tubelet_size: int = 1) -> None:
+        self.pattern, self.patch_size, self.tubelet_size = pattern, patch_size, tubelet_size
+
+    def __call__(self, frames: Tensor, frame_mask: Tensor, key: Tensor) -> tuple[Tensor]:
+        """Return (hidden,): [B, T', H', W'] bool, True = hidden; never a cell of a padding frame."""
+        num_frames, height, width = frames.shape[1:4]
+        steps = -(-num_frames // self.tubelet_size)
+        shape = (steps, height // self.patch_size, width // self.patch_size)
+        scores = self.pattern(key, shape)  # [B, T', H', W']
+        cells = scores[0].numel()
+        counts = torch.full((len(frames),), max(1, round(self.pattern.ratio * cells)), device=frames.device)
+        hidden = rearrange(
+            ops.choose(rearrange(scores, "b t h w -> b (t h w)"), counts), "b (t h w) -> b t h w", t=steps, h=shape[1]
+        )
+        real = frame_mask[:, :: self.tubelet_size]  # [B, T']
+        return (hidden & real[:, :, None, None],)
+
+
+class WrongText:
+    """Give each video the text of another clip, hard ones more often, from the batch of all ranks.
+
+    Args:
+        hard: draw in proportion to exp(scaled similarity), detached; else uniformly.
+
+    Source: arXiv:2107.07651, 3.2. Deviation: drawn from all ranks' clips, so that the loss does not depend on their
+    number.
+    """
+
+    writes = ("text", "has_wrong_text")
+    detached = ("video_embed", "text_embed", "logit_scale")
+
+    def __init__(self, *, hard: bool = True) -> None:
+        self.hard = hard
+
+    def __call__(
+        self, text: Tokens, video_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, valid: Tensor, key: Tensor
+    ) -> tuple[Tokens, Tensor]:
+        """Return the other clip's text tokens [B, L, D] and whether there was another clip [B] bool."""
+        similarity = _similarity(video_embed, text_embed, logit_scale) if self.hard else None
+        index, found = _draw_other(similarity, valid, key)
+        x, mask = dist.gather_tokens(text.x, text.mask)  # [G, L, D]
+        return Tokens(x[index], mask[index]), found
+
+
+class WrongVideo:
+    """Give each text the video of another clip; see WrongText."""
+
+    writes = ("video", "has_wrong_video")
+    detached = ("video_embed", "text_embed", "logit_scale")
+
+    def __init__(self, *, hard: bool = True) -> None:
+        self.hard = hard
+
+    def __call__(
+        self, video: Grid, video_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, valid: Tensor, key: Tensor
+    ) -> tuple[Grid, Tensor]:
+        """Return the other clip's video grid [B, T, H, W, D] and whether there was another clip [B] bool."""
+        similarity = _similarity(text_embed, video_embed, logit_scale) if self.hard else None
+        index, found = _draw_other(similarity, valid, key)
+        return Grid(*(dist.gather(field)[index] for field in video)), found
+
+
+def _units_present(units: Tensor) -> Tensor:
+    """Return [B, L] bool: does unit number j occur in the row of `units` [B, L] (-1 = none)?"""
+    numbers = torch.arange(units.shape[1], device=units.device)
+    return (units[:, :, None] == numbers).any(1)
+
+
+def _similarity(rows: Tensor, columns: Tensor, logit_scale: Tensor) -> Tensor:
+    """Scaled similarity of this rank's rows [B, D] to all ranks' columns [G, D], without gradient."""
+    return logit_scale.detach() * rows.detach() @ dist.gather(columns.detach()).T  # [B, G]
+
+
+def _draw_other(similarity: Tensor | None, valid: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw for each row [B] another valid clip of all ranks [G], by Gumbel noise that is a function of the two keys."""
+    all_keys, all_valid = dist.gather(key), dist.gather(valid)  # [G]
+    noise = -torch.log(-torch.log(ops.pair_uniform(key, all_keys).clamp(1e-7, 1 - 1e-7)))  # [B, G]
+    scores = noise if similarity is None else noise + similarity.float()
+    allowed = all_valid[None, :] & (key[:, None] != all_keys[None, :])
+    found = valid & allowed.any(1)
+    return scores.masked_fill(~allowed, -torch.inf).argmax(1), found
+
+
+def _check_share(name: str, value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value} is not a share; it must be above 0 and at most 1.")
+    return value
