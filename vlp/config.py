@@ -22,13 +22,12 @@ from typing import Annotated, Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent.parent / "conf"
 ALLOWED = ("vlp.", "torch.optim.", "torch.nn.", "pytorch_lightning.loggers.")
-HYDRA_KEYS = {"_target_", "_partial_"}
+NODE_KEYS = {"_target_", "_partial_", "facts"}  # of a node; the others are arguments of its target
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
 
 Node = Any  # an open map that carries `_target_`
@@ -182,28 +181,44 @@ def check(cfg: DictConfig) -> list[str]:
     return messages or list(_value_errors(tree))
 
 
-def build(node: Any, **extra: Any) -> Any:
-    """Build the object that a checked node describes; `extra` are arguments that no config can hold.
+def build(node: Any, path: str = "") -> Any:
+    """Build the object that a checked node describes, its inner nodes first.
 
-    The allow-list is enforced here too, so that no path around `check` exists. Hydra's own instantiation is kept
-    behind this function.
+    A node may state `facts` about what it builds, such as its width, for other parts to refer to
+    (`dim: ${video.facts.dim}`); they are compared with the object's attributes.
 
     Raises:
-        ValueError: the target refuses its arguments, with its own message.
+        ConfigError: a target outside the allow-list, refused arguments, a fact that is not true; each with its path.
     """
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    bad = list(target_errors(plain, ""))
+    bad = list(target_errors(plain, path))
     if bad:
         raise ConfigError(bad)
+    return _make(plain, path)
+
+
+def _make(node: Any, path: str) -> Any:
+    if isinstance(node, list):
+        return [_make(child, f"{path}.{index}") for index, child in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    arguments = {k: _make(v, f"{path}.{k}".lstrip(".")) for k, v in node.items() if k not in NODE_KEYS}
+    if "_target_" not in node:
+        return arguments
+    function = resolve(node["_target_"])
+    if node.get("_partial_"):
+        return functools.partial(function, **arguments)
     try:
-        return instantiate(plain, **extra, _convert_="all")
-    except HydraException as error:
-        cause = error.__cause__
-        while isinstance(cause, HydraException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, ValueError):
-            raise cause from None
+        made = function(**arguments)
+    except ConfigError:
         raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError([f"{path or node['_target_']}: {_first_line(error)}"]) from error
+    for key, stated in (node.get("facts") or {}).items():
+        true = getattr(made, key, "absent")
+        if true != stated:
+            raise ConfigError([f"{path}.facts.{key}: the config says {stated}, the part has {true}; set it to that."])
+    return made
 
 
 def target_errors(node: Any, path: str, extra: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -367,7 +382,7 @@ def _argument_errors(node: Mapping, function: Callable, path: str, extra: frozen
     known = inspect.signature(function).parameters
     hints = _hints(function.__init__ if inspect.isclass(function) else function)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        for key in node.keys() - HYDRA_KEYS - known.keys() - extra:
+        for key in node.keys() - NODE_KEYS - known.keys() - extra:
             yield f"{path}.{key}: {node['_target_']} has no parameter '{key}'{_near(str(key), known)}"
     for key, parameter in known.items():
         if key not in node:

@@ -27,9 +27,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.num_rows = x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        torch_dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)  # [W*B, ...]
+        return _all_gather(x)  # [W*B, ...]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -47,10 +45,7 @@ def gather(x: Tensor) -> Tensor:
         return x
     if x.is_floating_point() and x.requires_grad:
         return _Gather.apply(x)  # type: ignore[return-value]
-    as_bytes = x.to(torch.uint8) if x.dtype == torch.bool else x  # gloo gathers no bool
-    parts = [torch.empty_like(as_bytes) for _ in range(world_size())]
-    torch_dist.all_gather(parts, as_bytes.contiguous())
-    return torch.cat(parts).to(x.dtype)
+    return _all_gather(x.to(torch.uint8)).bool() if x.dtype == torch.bool else _all_gather(x)  # gloo gathers no bool
 
 
 def gather_tokens(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +60,7 @@ def gather_tokens(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum of x over all ranks, without gradient."""
     if world_size() == 1:
-        return x
+        return x.detach()
     total = x.detach().clone()
     torch_dist.all_reduce(total)
     return total
@@ -74,7 +69,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def max_over_ranks(x: Tensor) -> Tensor:
     """Return the element-wise maximum of x over all ranks, without gradient."""
     if world_size() == 1:
-        return x
+        return x.detach()
     largest = x.detach().clone()
     torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return largest
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    x = x.contiguous()  # before `empty_like`, which copies strides: parts with other strides would hold other rows
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    torch_dist.all_gather(parts, x)
+    return torch.cat(parts)

@@ -45,9 +45,3 @@ def choose(scores: Tensor, counts: Tensor) -> Tensor:
     """Return [B, N] bool that is True at the `counts` [B] highest `scores` [B, N] of each row."""
     ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # [B, N]
     return ranks < counts[:, None]
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Average x [B, N, D] over the real tokens of mask [B, N]; a row without any gives zeros."""
-    weights = mask.to(x.dtype)[..., None]  # [B, N, 1]
-    return (x * weights).sum(1) / weights.sum(1).clamp(min=1)  # [B, D]

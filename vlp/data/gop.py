@@ -55,7 +55,8 @@ def head(source: Source) -> tuple[list[Packet], int]:
     """Read the first packets of the file; return them and the PTS of the first displayed frame. Raises: NoPlan."""
     packets = list(_until(demux(source), None, kind=source.kind))
     shown = [packet.pts for packet in packets if not packet.is_discard]
-    if not shown:
+    # In a file cut at random, frames before and around its first key frame do not decode, and time starts at that.
+    if not shown or not packets[0].is_keyframe or min(shown) < packets[0].pts:
         raise NoPlan
     return packets, min(shown)
 

@@ -1,33 +1,29 @@
 """Facts of a video or a still image, read from its container; what is broken, refused or too large says why.
 
-Nothing is opened but the bytes given: the container is forced by its magic bytes, so that a playlist named `.mp4` is only
-a broken file, and nested opens are refused. Only decoders of `CODECS` exist to FFmpeg here, hence no audio or subtitle
-decoder. Every packet is demuxed; one frame is decoded, so that OK means that a picture comes out.
+Untrusted bytes are opened by `vlp.data.container`: forced container, no other file, no audio or subtitle decoder. Before
+that, tables that would make FFmpeg allocate without bound are refused. Every packet is demuxed and one frame is decoded,
+so that OK means that a picture comes out.
 """
 
-import io
 import struct
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import av
 import numpy as np
 from av.container import InputContainer
+from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from vlp.data.container import CODECS, IMAGES, codec_name, container_format, first_video, open_container
 from vlp.types import Reason
 
-# What web video is made of. Left out: mpeg1/2, wmv, prores, gif and hundreds of others, whose decoders see less fuzzing.
-CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "png", "webp")
-
-_DECODERS = ",".join((*CODECS, "libdav1d"))  # FFmpeg's names of the same, as the white-list option wants them
-_MOV, _MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
-_IMAGES = ("jpeg_pipe", "png_pipe", "webp_pipe")
+_HEADER_TELLS = ("mp4", "matroska")  # containers that say all without a decoded frame
 _MAX_PACKETS_TO_FIRST_FRAME = 300  # the longest wait for a decodable frame: a stream that is joined inside a long GOP
-_TABLES = 4  # all tracks together may have this many times `max_frames` samples
+_MAX_TABLES = 4  # all tracks together may have this many times `max_frames` samples
+_MAX_BOXES = 1_000_000  # a second of walking
+_MAX_DEPTH = 12
 _PARENTS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf", b"mvex", b"udta", b"wide", b"meta"}
 
 
@@ -40,19 +36,19 @@ class VideoFacts(NamedTuple):
     fps: float  # average; 0 for a still image
     duration_s: float  # from the start of the first frame to the end of the last; 0 for a still image
     rotation: int  # 0, 90, 180, 270: degrees counter-clockwise to turn a decoded frame by, `frame.rotation` of PyAV
-    codec: str  # one of CODECS
+    codec: str  # one of CODECS of `vlp.data.container`
     start_s: float  # pts of the first displayed frame
     key_frames: np.ndarray  # [K] int64, ascending pts of key packets in the time base of the stream
 
 
 class Limits(NamedTuple):
-    """The largest video that is accepted; `codecs` can only narrow `CODECS`."""
+    """The largest video that is accepted; `codecs` can only narrow the CODECS of `vlp.data.container`."""
 
     max_pixels: int = 8192 * 4320
     max_frames: int = 1_000_000
     max_seconds: float = 6 * 3600
     max_bytes: int = 4 << 30
-    codecs: tuple[str, ...] = CODECS
+    codecs: tuple[str, ...] = tuple(sorted(CODECS))
 
 
 LIMITS = Limits()
@@ -69,15 +65,6 @@ class ProbeError(Exception):
         return f"{self.reason.name.lower()}: {self.detail}"
 
 
-class _Timeline(NamedTuple):
-    """The displayed packets of a stream, in ticks of its time base."""
-
-    first: int
-    last: int
-    end: int
-    count: int
-
-
 def probe(data: bytes, limits: Limits = LIMITS) -> VideoFacts:
     """Return the facts of an mp4, mov, matroska, webm, avi, mpegts, jpg, png or webp file held in memory.
 
@@ -85,65 +72,29 @@ def probe(data: bytes, limits: Limits = LIMITS) -> VideoFacts:
         ProbeError: VIDEO_EMPTY, VIDEO_BROKEN (no container, no packet or no decodable frame), VIDEO_TRUNCATED (the file
             is shorter than its structure says), NO_VIDEO_STREAM, CODEC_REFUSED or LIMIT_EXCEEDED.
     """
-    container, stream = open_video(data, limits)
-    with container:
-        packets, frame = _demux(container, stream, limits)
-        _check_whole(data, container.format.name, packets)
-        return _facts(container.format.name, stream, packets, frame, limits)
-
-
-def open_video(data: bytes, limits: Limits = LIMITS) -> tuple[InputContainer, VideoStream]:
-    """Open the container and pick its video stream: the first that is no cover picture. Nothing is decoded by this call.
-
-    The caller closes the container. The codec context runs on one thread and refuses frames above `limits.max_pixels`.
-
-    Raises:
-        ProbeError: as `probe`, except for what only shows in the packets.
-    """
     if not data:
         raise ProbeError(Reason.VIDEO_EMPTY, "no bytes")
-    if len(data) > limits.max_bytes:
-        raise ProbeError(Reason.LIMIT_EXCEEDED, f"{len(data)} bytes; at most {limits.max_bytes} are allowed")
-    name = _container(data)
-    _check_declared(data, name, limits)
+    _check_limit(len(data), limits.max_bytes, "bytes")
+    kind = container_format(data)
+    if kind is None:
+        page = data.lstrip()[:15].lower().startswith((b"<!doctype", b"<html"))
+        begin = "a web page" if page else f"the bytes {data[:8].hex(' ')}"
+        raise ProbeError(Reason.VIDEO_BROKEN, f"no video or image that is read here begins with {begin}")
+    _check_declared(data, kind, limits)
+    missing = _missing(data, kind)
+    cut = f"; {missing} bytes are missing at the end" if missing > 0 else ""
+    decode_to_probe = kind not in _HEADER_TELLS
     try:
-        container = av.open(
-            io.BytesIO(data),
-            "r",
-            format=name,
-            options={"codec_whitelist": _DECODERS, "max_pixels": str(limits.max_pixels), "fpsprobesize": "0"},
-            metadata_errors="replace",
-            io_open=_refuse_open,
-        )
-    except (av.error.FFmpegError, OverflowError) as error:
-        raise ProbeError(Reason.VIDEO_BROKEN, f"the {name} container cannot be read: {_words(error)}") from error
-    try:
-        return container, _pick(container, limits)
-    except ProbeError:
-        container.close()
-        raise
-
-
-def _container(data: bytes) -> str:
-    """Return FFmpeg's name of the container, by its first bytes alone."""
-    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
-        return _MOV
-    if data.startswith(b"\x1a\x45\xdf\xa3"):
-        return _MATROSKA
-    if data.startswith(b"RIFF") and data[8:12] in (b"AVI ", b"WEBP"):
-        return "avi" if data[8:12] == b"AVI " else "webp_pipe"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg_pipe"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png_pipe"
-    if data[:1] == b"\x47" and data[188:189] == b"\x47" and data[376:377] == b"\x47":
-        return "mpegts"
-    what = "a web page" if data.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")) else f"bytes {data[:8].hex(' ')}"
-    raise ProbeError(Reason.VIDEO_BROKEN, f"no video or image container begins with {what}")
-
-
-def _refuse_open(*args: object) -> NoReturn:
-    raise PermissionError("a video may not open other files")
+        container = open_container(data, kind, decode_to_probe=decode_to_probe, max_pixels=limits.max_pixels)
+    except (FFmpegError, OverflowError) as error:
+        detail = f"the {kind} container cannot be read: {_words(error)}{cut}"
+        raise ProbeError(Reason.VIDEO_BROKEN, detail) from error
+    with container:
+        stream = _pick(container, limits)
+        packets, frame = _demux(container, stream, kind=kind, limits=limits)
+        if missing > 0:
+            raise ProbeError(Reason.VIDEO_TRUNCATED, cut.removeprefix("; "))
+        return _facts(stream, packets, frame=frame, kind=kind, limits=limits)
 
 
 def _words(error: Exception) -> str:
@@ -151,18 +102,15 @@ def _words(error: Exception) -> str:
 
 
 def _pick(container: InputContainer, limits: Limits) -> VideoStream:
-    cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-    if not streams:
+    stream = first_video(container)
+    if stream is None:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
         raise ProbeError(Reason.NO_VIDEO_STREAM, f"streams: {kinds}")
-    stream = streams[0]
-    context: Any = stream.codec_context  # None where this FFmpeg has no decoder
-    codec = context.codec.canonical_name if context else "unknown"
+    codec = codec_name(stream)
     if codec not in limits.codecs or codec not in CODECS:
-        raise ProbeError(Reason.CODEC_REFUSED, f"codec {codec}; allowed are {', '.join(limits.codecs)}")
-    if context.width <= 0 or context.height <= 0:
-        raise ProbeError(Reason.VIDEO_BROKEN, f"no picture size, or one above {limits.max_pixels} pixels")
+        allowed = ", ".join(sorted(CODECS.intersection(limits.codecs)))
+        raise ProbeError(Reason.CODEC_REFUSED, f"codec {codec or 'unknown'}; allowed are {allowed}")
+    context = stream.codec_context
     _check_limit(context.width * context.height, limits.max_pixels, f"pixels ({context.width} x {context.height})")
     context.options = {"max_pixels": str(limits.max_pixels)}
     context.thread_count = 1
@@ -174,20 +122,21 @@ def _check_limit(value: float, limit: float, unit: str) -> None:
         raise ProbeError(Reason.LIMIT_EXCEEDED, f"{value:.10g} {unit}; at most {limit:.10g} are allowed")
 
 
-def _check_declared(data: bytes, name: str, limits: Limits) -> None:
+def _check_declared(data: bytes, kind: str, limits: Limits) -> None:
     """Refuse what would make FFmpeg allocate without bound while it opens a file of a few kilobytes."""
-    if name == "png_pipe" and len(data) >= 24:
+    if kind == "png_pipe" and len(data) >= 24:
         width, height = struct.unpack_from(">II", data, 16)
         _check_limit(width * height, limits.max_pixels, f"pixels ({width} x {height})")
-    if name == _MOV:
+    if kind == "mp4":
         samples = _declared_samples(data)
-        _check_limit(samples, _TABLES * limits.max_frames, "samples in the tables of its tracks")
+        _check_limit(samples, _MAX_TABLES * limits.max_frames, "samples in the tables of its tracks")
 
 
 def _declared_samples(data: bytes) -> int:
-    """Return how many index entries FFmpeg would make: tables of constant values need no bytes, so the file is no bound."""
+    """Return how many index entries FFmpeg would make; a table of equal values takes 12 bytes for 4 billion of them."""
     total, track = 0, {}
-    for kind, start, end in _boxes(data, 0, len(data)):
+    for count, (kind, start, end) in enumerate(_boxes(data, 0, len(data))):
+        _check_limit(count, _MAX_BOXES, "boxes or more")
         if kind == b"cmov":
             raise ProbeError(Reason.VIDEO_BROKEN, "a compressed movie header")
         if kind == b"trak":
@@ -217,22 +166,27 @@ def _track_samples(track: dict[bytes, Any]) -> int:
 
 
 def _boxes(data: bytes, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (type, start, end) of each box and of the boxes inside it; `end` may lie outside the data at the top level."""
-    while start + 8 <= end and depth < 12:
-        size, kind = _u32(data, start, end), data[start + 4 : start + 8]
-        body = start + 8
+    """Yield (type, start, end) of each box and of the boxes inside it, `end` never after that of the parent."""
+    for kind, body, stop in _siblings(data, start, end):
+        stop = min(stop, end)
+        yield kind, body, stop
+        if kind in _PARENTS and depth < _MAX_DEPTH:
+            # A `meta` box has four bytes of version before its children, except in QuickTime files.
+            skip = 4 if kind == b"meta" and data[body : body + 4] == bytes(4) else 0
+            yield from _boxes(data, body + skip, stop, depth + 1)
+
+
+def _siblings(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (type, start, end) of the boxes of one level; the last `end` may lie behind the data."""
+    while start + 8 <= end:
+        size, kind, body = _u32(data, start, end), data[start + 4 : start + 8], start + 8
         if size == 1:
             size, body = int.from_bytes(data[start + 8 : start + 16]), start + 16
         size = size or end - start
         if start + size < body:
             return
-        stop = start + size
-        yield kind, body, stop if depth == 0 else min(stop, end)
-        if kind in _PARENTS:
-            # A `meta` box has four bytes of version before its children, except in QuickTime files.
-            skip = 4 if kind == b"meta" and data[body : body + 4] == bytes(4) else 0
-            yield from _boxes(data, body + skip, min(stop, end), depth + 1)
-        start = stop
+        yield kind, body, start + size
+        start += size
 
 
 def _u32(data: bytes, at: int, end: int) -> int:
@@ -242,18 +196,21 @@ def _u32(data: bytes, at: int, end: int) -> int:
 def _entries(data: bytes, start: int, end: int, *, columns: int) -> np.ndarray:
     """Return the rows of a table as int64 [K, columns], as many as there are bytes for."""
     count = min(_u32(data, start + 4, end), max(0, min(end, len(data)) - start - 8) // (4 * columns))
-    return np.frombuffer(data, ">u4", count * columns, start + 8 if count else 0).reshape(count, columns).astype(np.int64)
+    numbers = np.frombuffer(data, ">u4", count * columns, start + 8 if count else 0)
+    return numbers.reshape(count, columns).astype(np.int64)
 
 
-def _demux(container: InputContainer, stream: VideoStream, limits: Limits) -> tuple[np.ndarray, VideoFrame]:
+def _demux(
+    container: InputContainer, stream: VideoStream, *, kind: str, limits: Limits
+) -> tuple[np.ndarray, VideoFrame]:
     """Return the packets as int64 [K, 4], columns (pts, duration, displayed, key), and the first frame that decodes."""
     rows: list[tuple[int, int, bool, bool]] = []
     frame = None
     try:
         for packet in container.demux(stream):
-            if packet.size == 0 or (rows and container.format.name in _IMAGES):
+            if packet.size == 0 or (rows and kind in IMAGES):
                 continue
-            if packet.is_corrupt and container.format.name != "mpegts":  # there it marks a lost transport packet
+            if packet.is_corrupt and kind != "mpegts":  # there it marks a lost transport packet
                 raise ProbeError(Reason.VIDEO_TRUNCATED, f"packet {len(rows)} is cut short")
             _check_limit(len(rows) + 1, limits.max_frames, "frames or more")
             pts = packet.pts if packet.pts is not None else packet.dts
@@ -262,7 +219,7 @@ def _demux(container: InputContainer, stream: VideoStream, limits: Limits) -> tu
             rows.append((pts, packet.duration or 0, not packet.is_discard, packet.is_keyframe))
             if frame is None and len(rows) <= _MAX_PACKETS_TO_FIRST_FRAME:
                 frame = _first(stream, packet)
-    except (av.error.FFmpegError, OverflowError) as error:
+    except (FFmpegError, OverflowError) as error:
         reason = Reason.VIDEO_TRUNCATED if frame else Reason.VIDEO_BROKEN
         raise ProbeError(reason, f"cannot be read after packet {len(rows)}: {_words(error)}") from error
     if not rows:
@@ -277,18 +234,71 @@ def _first(stream: VideoStream, packet: Packet | None) -> VideoFrame | None:
     """Feed a packet (None: the end) and return the first frame that comes out; damaged packets give none."""
     try:
         return next(iter(stream.codec_context.decode(packet)), None)
-    except av.error.FFmpegError:
+    except FFmpegError:
         return None
 
 
-def _check_whole(data: bytes, name: str) -> None:
-    """Compare the length of the file with the one that its outermost structure states."""
-    missing = 0
-    if name == _MOV:
-        missing = max((end - len(data) for kind, _, end in _top(data) if kind in (b"mdat", b"moof", b"moov")), default=0)
-    elif name == "avi":
-        missing = int.from_bytes(data[4:8], "little") + 8 - len(data)
-    elif name == _MATROSKA:
-        missing = _segment_end(data) - len(data)
-    if missing > 0:
-        raise ProbeError(Reason.VIDEO_TRUNCATED, f"{missing} bytes are missing at the end")
+def _missing(data: bytes, kind: str) -> int:
+    """Return how many bytes the file is shorter than its outermost structure states; at most 0 where it is whole."""
+    end = 0
+    if kind == "mp4":
+        media = (b"mdat", b"moof", b"moov")
+        end = max((stop for box, _, stop in _siblings(data, 0, len(data)) if box in media), default=0)
+    elif kind == "avi":
+        while data[end : end + 4] == b"RIFF":
+            end += 8 + int.from_bytes(data[end + 4 : end + 8], "little")
+    elif kind == "matroska":
+        end = _segment_end(data)
+    return end - len(data)
+
+
+def _segment_end(data: bytes) -> int:
+    """Return where the segment of a matroska file ends; 0 where the writer did not know."""
+    header, at = _ebml_size(data, 4)
+    at += header or 0
+    if data[at : at + 4] != b"\x18\x53\x80\x67":
+        return 0
+    size, at = _ebml_size(data, at + 4)
+    return at + size if size is not None else 0
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int | None, int]:
+    """Read a variable-length size; None is the reserved value "unknown". Returns it and where the content begins."""
+    length = 9 - data[at].bit_length() if at < len(data) and data[at] else 1
+    value = int.from_bytes(data[at : at + length]) & ((1 << 7 * length) - 1)
+    return (None if value == (1 << 7 * length) - 1 else value), at + length
+
+
+def _facts(stream: VideoStream, packets: np.ndarray, *, frame: VideoFrame, kind: str, limits: Limits) -> VideoFacts:
+    num_frames, start_s, duration_s = 1, 0.0, 0.0
+    if kind not in IMAGES:
+        # MPEG-TS does not say how long a frame is displayed; FFmpeg guesses.
+        num_frames, start_s, duration_s = _timeline(stream, packets, first=frame.pts, timed=kind != "mpegts")
+    _check_limit(duration_s, limits.max_seconds, "seconds")
+    return VideoFacts(
+        width=frame.width,
+        height=frame.height,
+        num_frames=num_frames,
+        fps=num_frames / duration_s if duration_s else 0.0,
+        duration_s=duration_s,
+        rotation=round(frame.rotation / 90) * 90 % 360,
+        codec=codec_name(stream) or "",
+        start_s=start_s,
+        key_frames=np.sort(packets[packets[:, 3] == 1, 0]),
+    )
+
+
+def _timeline(stream: VideoStream, packets: np.ndarray, *, first: int | None, timed: bool) -> tuple[int, float, float]:
+    """Return the number of displayed frames, the time of the first and the seconds from it to the end of the last."""
+    tick_s = float(stream.time_base or 0)
+    shown = packets[packets[:, 2] == 1]
+    if first is not None:  # what stands before the first frame that decodes is never displayed
+        shown = shown[shown[:, 0] >= first]
+    if not len(shown) or tick_s <= 0:
+        raise ProbeError(Reason.VIDEO_BROKEN, "no packet is displayed, or the stream has no time base")
+    start, last = int(shown[:, 0].min()), int(shown[:, 0].max())
+    length = int(shown[shown[:, 0].argmax(), 1]) * tick_s
+    if length <= 0 or not timed:
+        gap_s = (last - start) * tick_s / max(1, len(shown) - 1)
+        length = gap_s or 1 / float(stream.average_rate or 25)
+    return len(shown), start * tick_s, (last - start) * tick_s + length

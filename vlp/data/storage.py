@@ -6,8 +6,12 @@ Local files only today. Another scheme is one more class with `size` and `read`,
 import itertools
 import os
 import re
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 MAX_EXPANSION = 1_000_000  # URLs that one pattern may stand for
@@ -83,6 +87,33 @@ def forget(url: str) -> None:
     """Drop the open descriptors of this process, because the file at `url` has just been replaced."""
     local_path(url)
     _open.cache_clear()
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """Write a file that appears under `path` only when it is whole and on disk; after an error nothing appears."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(folder)
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable: a renamed file can vanish in a power loss until its folder is synced."""
+    descriptor = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def local_path(url: str) -> str:

@@ -190,7 +190,13 @@ def _dvae_encoder(hidden_dim: int, num_codes: int) -> nn.Sequential:
             layers["pool"] = nn.MaxPool2d(2)
         parts[f"group_{group + 1}"] = nn.Sequential(layers)
     parts["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=nn.Conv2d(in_dim, num_codes, 1)))
-    return nn.Sequential(parts)
+    encoder = nn.Sequential(parts)
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d):  # variance is kept, so that random codes differ from cell to cell
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    return encoder
 
 
 def _renamed(name: str) -> str:

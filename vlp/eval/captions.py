@@ -78,7 +78,7 @@ class Captions:
         return {"title": self.title, "rows": rows, "examples": examples}
 
     def _greedy(self, forward: ForwardPass, chosen: Tensor) -> Tensor:
-        """Return the likeliest tokens [B, L], one after the other, until the `chosen` [B] rows of all ranks have ended."""
+        """Return the likeliest tokens [B, L], one by one, until the `chosen` [B] rows of all ranks have ended."""
         like = forward.fields["text_ids"]
         ids = like.new_full((len(like), 1), self.data.bos_id)
         running = chosen.to(like.device)

@@ -21,7 +21,7 @@ Part = tuple[Tensor, Tensor]  # sample ids [N] int64, embeddings [N, E] float32
 class Retrieval:
     """Recall, median and mean rank by the dot product of unit vectors, with dual softmax in columns of its own.
 
-    A clip may have several captions: each one is a query for its video; as an answer to a video the best of them counts.
+    A clip may have several captions: each is a query for its video; as an answer to a video the best of them counts.
 
     Args:
         num_examples: captions to show with what they found. num_results: clips to show for each.
@@ -53,9 +53,8 @@ class Retrieval:
 
     def finish(self) -> dict:
         parts = collect((self.videos, self.texts))
-        videos, texts = (
-            ([part for own in kind for part in own] for kind in zip(*parts, strict=True)) if parts else ([], [])
-        )
+        videos = [part for rank_videos, _ in parts for part in rank_videos]
+        texts = [part for _, rank_texts in parts for part in rank_texts]
         if not sum(len(ids) for ids, _ in videos):
             return {"title": self.title, "rows": [], "examples": []}
         video_ids, video = _in_order(videos)  # [V], [V, E]

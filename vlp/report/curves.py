@@ -24,21 +24,30 @@ class Tick(NamedTuple):
     label: str
 
 
+class Look(NamedTuple):
+    """What is the same for many charts."""
+
+    size: tuple[float, float]
+    note: str = ""  # what good looks like, in a few words
+    group: str = ""  # what the chart belongs to
+    unit: str = ""
+    from_zero: bool = False
+    smoothed: bool = True
+
+
 class Chart(NamedTuple):
     """One chart, ready to draw."""
 
     title: str
-    note: str  # what good looks like, in a few words
+    look: Look
     last: str  # newest value, written out
     alt: str
-    width: float
-    height: float
     line: str  # SVG path, smoothed
     raw: str  # SVG path behind it; "" without smoothing
     area: str  # SVG path under the line
     dots: list[tuple[float, float]]
     chance: float | None  # height of the chance line
-    chance_label: str
+    chance_label: Tick | None
     broken: list[float]  # where values were not finite
     x_ticks: list[Tick]
     y_ticks: list[Tick]
@@ -46,13 +55,15 @@ class Chart(NamedTuple):
 
 
 def smooth(values: np.ndarray, points: float) -> np.ndarray:
-    """Exponential moving average of `values` [N] with a time constant of `points`, without bias at the start."""
-    decay = math.exp(-1 / max(points, 1e-9))
-    result, total, weight = np.empty_like(values), 0.0, 0.0
-    for index, value in enumerate(values):
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        result[index] = total / weight
-    return result
+    """Mean of `values` [N] with weights exp(-distance / points) to both sides, so that the line does not lag behind."""
+    decay = math.exp(-1 / points)
+    sums = np.stack([values, np.ones_like(values)])  # [2, N]: weighted values and weights
+    left, right = sums.copy(), sums.copy()
+    for index in range(1, len(values)):
+        left[:, index] += decay * left[:, index - 1]
+        right[:, -1 - index] += decay * right[:, -index]
+    total, weight = left + right - sums
+    return total / weight
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -113,15 +124,7 @@ class Frame(NamedTuple):
 
 
 def chart(
-    title: str,
-    *,
-    steps: np.ndarray,
-    values: np.ndarray,
-    unit: str = "",
-    note: str = "",
-    chance: float | None = None,
-    size: tuple[float, float] = (520, 196),
-    from_zero: bool = False,
+    title: str, *, steps: np.ndarray, values: np.ndarray, look: Look, chance: float | None = None
 ) -> Chart | None:
     """Return the chart of `values` [N] over `steps` [N], or None without a finite value; NaN means not logged."""
     finite = np.isfinite(values)
@@ -130,30 +133,35 @@ def chart(
     logged = steps[~np.isnan(values)]
     broken = steps[np.isinf(values)]
     steps, values = steps[finite], values[finite]
-    smoothed = len(values) > SMOOTHED_FROM
+    smoothed = look.smoothed and len(values) > SMOOTHED_FROM
     line = smooth(values, SMOOTHING_SHARE * len(values)) if smoothed else values
-    shown = y_range(values, line, [] if chance is None else [chance], from_zero)
-    frame = Frame(*size, (float(logged[0]), float(logged[-1])), shown)
+    shown = y_range(values, line, [] if chance is None else [chance], look.from_zero)
+    frame = Frame(*look.size, (float(logged[0]), float(logged[-1])), shown)
     drawn = frame.path(*thin(steps, line))
     ends = frame.x(steps[[0, -1]])
     return Chart(
         title=title,
-        note=note,
-        last=words.measure(float(line[-1]), unit),
-        alt=_describe(title, unit, steps, line, chance),
-        width=frame.width,
-        height=frame.height,
+        look=look,
+        last=words.measure(float(line[-1]), look.unit),
+        alt=_describe(title, look.unit, steps, line, chance),
         line=drawn,
         raw=frame.path(*thin(steps, values)) if smoothed else "",
         area=f"{drawn}L{ends[1]:.1f} {frame.height - BOTTOM}L{ends[0]:.1f} {frame.height - BOTTOM}Z",
         dots=[] if len(steps) > 12 else list(zip(frame.x(steps).tolist(), frame.y(values).tolist(), strict=True)),
         chance=None if chance is None else float(frame.y(chance)),
-        chance_label="" if chance is None else f"chance {words.measure(chance, unit)}",
+        chance_label=None if chance is None else _chance_label(frame, chance, float(line[-1]), look.unit),
         broken=frame.x(broken).tolist(),
         x_ticks=[Tick(float(frame.x(at)), words.short(at)) for at in nice_ticks(*frame.steps, 5)],
         y_ticks=[Tick(float(frame.y(at)), words.plain(at)) for at in nice_ticks(*frame.values, 4)],
-        data=_read_out(frame, steps, values, line, unit),
+        data=_read_out(frame, steps, values, line, look.unit),
     )
+
+
+def _chance_label(frame: Frame, chance: float, last: float, unit: str) -> Tick:
+    """Return the words beside the chance line, on the side away from the curve where there is room."""
+    at = float(frame.y(chance))
+    below = last >= chance and at < frame.height - BOTTOM - 16
+    return Tick(at + 13 if below else at - 5, f"chance {words.measure(chance, unit)}")
 
 
 def _read_out(frame: Frame, steps: np.ndarray, values: np.ndarray, line: np.ndarray, unit: str) -> str:

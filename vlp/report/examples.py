@@ -8,12 +8,13 @@ from vlp.report.records import Example, Task
 
 SHOWN = 2  # right ones, and as many wrong ones, without a click
 FOLDED = 4  # more of each, behind a click
-RESULTS = 5  # clips shown for a query
+RESULTS = 3  # clips shown for a query; the right one is added if it stands further down
 
 
 class Clip(NamedTuple):
     """A found clip with its picture."""
 
+    place: int  # from 1
     key: str
     caption: str
     score: float | None
@@ -74,11 +75,10 @@ def gallery(title: str, task: Task, directory: Path, problems: list[str]) -> Gal
 
 
 def _show(example: Example, directory: Path, problems: list[str]) -> Shown:
-    results = (example.results or [])[:RESULTS]
     clips = [
-        Clip(found.key, found.caption, found.score, found.correct, embed(directory, found.strip, problems))
-        for found in results
+        Clip(place, found.key, found.caption, found.score, found.correct, embed(directory, found.strip, problems))
+        for place, found in enumerate(example.results or [], 1)
+        if place <= RESULTS or found.correct
     ]
-    scores = [example.score, example.negative_score, *(found.score for found in results)]
-    width = max((abs(score) for score in scores if score is not None), default=0.0) or 1.0
-    return Shown(example, is_right(example), embed(directory, example.strip, problems), clips, width)
+    width = max((abs(score) for score in (example.score, example.negative_score) if score is not None), default=0.0)
+    return Shown(example, is_right(example), embed(directory, example.strip, problems), clips, width or 1.0)

@@ -13,9 +13,9 @@ from vlp.report import words
 from vlp.report.records import Graph, Node
 
 FIELD, VIEW, QUANTITY, OBJECTIVE, UNKNOWN = "field", "view", "quantity", "objective", "unknown"
-CHAR_WIDTH, PADDING, MIN_WIDTH, MAX_CHARS = 7.0, 11.0, 74.0, 26  # of the 12.5 px text in a box
-LINE_HEIGHT, BOX_PADDING = 15.0, 8.0
-COLUMN_GAP, BOX_GAP, TRUNK_HEIGHT, TRUNK_GAP = 44.0, 13.0, 2.0, 9.0
+TITLE_CHAR, SMALL_CHAR, PADDING, MAX_CHARS = 8.5, 6.5, 11.0, 18  # widths in the widest of the usual fonts
+LINE_HEIGHT, BADGE_HEIGHT, BOX_PADDING = 15.0, 17.0, 8.0
+COLUMN_GAP, BOX_GAP, TRUNK_HEIGHT, TRUNK_GAP = 34.0, 13.0, 2.0, 9.0
 TOP, SIDE = 34.0, 2.0  # room for the headings; for the outlines
 ROUNDS = 12
 
@@ -79,7 +79,7 @@ def collect(graph: Graph) -> tuple[dict[str, Vertex], Edges]:
     """Return the boxes by name and the arrows; a name that nothing explains becomes an unknown box, never an error."""
     vertices = {name: Vertex(FIELD, name) for name in graph.fields}
     for view in graph.views:
-        vertices[f"view {view.name}"] = Vertex(VIEW, view.name, (), (f"replaces {', '.join(view.writes)}",))
+        vertices[f"view {view.name}"] = Vertex(VIEW, view.name, (), tuple(f"new {name}" for name in view.writes))
     nodes = [
         node for node in graph.nodes if identity(node) not in graph.fields and _writer(graph, identity(node)) is None
     ]
@@ -113,8 +113,7 @@ def collect(graph: Graph) -> tuple[dict[str, Vertex], Edges]:
 
 def _quantity(node: Node) -> Vertex:
     cost = f"{words.plural(node.calls, 'call')}" + (f" · {words.short(node.parameters)}" if node.parameters else "")
-    parts = [", ".join(node.parts)] if node.parts and node.parts != [node.name] else []
-    return Vertex(QUANTITY, node.name, tuple(node.view.split("+")) if node.view else (), (*parts, cost))
+    return Vertex(QUANTITY, node.name, tuple(node.view.split("+")) if node.view else (), (*node.parts, cost))
 
 
 def assign_columns(vertices: dict[str, Vertex], edges: Edges) -> dict[str, int]:
@@ -217,10 +216,10 @@ def settle(wanted: list[float], distances: list[float]) -> list[float]:
 
 def size(vertex: Vertex) -> tuple[float, float]:
     """Return width and height of a box."""
-    texts = [len(shorten(vertex.title)) * 1.06, *(len(shorten(text)) * 0.9 for text in vertex.lines)]
-    texts += [len(shorten(badge)) * 0.9 + 1.5 for badge in vertex.badges]
-    num_lines = 1 + len(vertex.lines) + len(vertex.badges)
-    return max(MIN_WIDTH, max(texts) * CHAR_WIDTH + 2 * PADDING), num_lines * LINE_HEIGHT + BOX_PADDING
+    texts = [len(shorten(vertex.title)) * TITLE_CHAR, *(len(shorten(text)) * SMALL_CHAR for text in vertex.lines)]
+    texts += [len(shorten(badge)) * SMALL_CHAR + PADDING for badge in vertex.badges]
+    height = (1 + len(vertex.lines)) * LINE_HEIGHT + len(vertex.badges) * BADGE_HEIGHT + BOX_PADDING
+    return max(texts) + 2 * PADDING, height
 
 
 def shorten(text: str) -> str:
@@ -277,7 +276,7 @@ def layout(graph: Graph) -> Drawing | None:
     headings = [(lefts[0], "Batch fields", "start"), (right, "Objectives", "end")]
     if len(lefts) > 2:
         headings.insert(1, ((lefts[1] + lefts[-2] + widths[-2]) / 2, "Views and quantities", "middle"))
-    bottom = max(box.y + box.height for box in boxes)
+    bottom = max(middle[name] + heights[name] / 2 for name in middle)
     read = {source for source, _ in edges}
     unused = [name for name in graph.fields if name not in read]
     return Drawing(boxes, arrows, headings, right + SIDE, bottom + SIDE, unused)

@@ -29,7 +29,7 @@ class Card(NamedTuple):
     value: str
     chance: str
     times: str  # how far from chance
-    bar: tuple[float, float] | None  # value and chance in percent of the bar
+    bar: tuple[float, float | None] | None  # value and chance in percent of the bar
 
 
 class Table(NamedTuple):
@@ -37,7 +37,6 @@ class Table(NamedTuple):
 
     title: str
     rows: list[Row]
-    has_dual_softmax: bool
 
 
 def banners(files: RunFiles) -> list[Banner]:
@@ -96,7 +95,7 @@ def card(row: Row, task: str) -> Card:
     chance = "" if row.chance is None else words.measure(row.chance, row.unit)
     bar = None
     if row.unit == "%" and row.raw is not None:
-        bar = (min(max(row.raw, 0.0), 100.0), row.chance or 0.0)
+        bar = (min(max(row.raw, 0.0), 100.0), row.chance)
     return Card(row.metric or row.key, task, words.measure(row.raw, row.unit), chance, times_chance(row), bar)
 
 
@@ -112,7 +111,12 @@ def times_chance(row: Row) -> str:
 def tables(evaluation: Evaluation) -> list[Table]:
     """Return one table for each task that has metrics."""
     return [
-        Table(task.title or words.title(name), task.rows, any(row.dual_softmax is not None for row in task.rows))
+        Table(task.title or words.title(name), task.rows)
         for name, task in evaluation.tasks.items()
         if task.rows
     ]
+
+
+def has_dual_softmax(tables: list[Table]) -> bool:
+    """Return whether the tables of an evaluation need a column for dual softmax."""
+    return any(row.dual_softmax is not None for table in tables for row in table.rows)

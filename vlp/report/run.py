@@ -17,7 +17,7 @@ from vlp.report.page import write_page
 from vlp.report.panels import evaluation_curves, newest_by_source, training_curves
 from vlp.report.read import RunFiles, read_run
 from vlp.report.records import Part
-from vlp.report.results import banners, headline, tables, times_chance
+from vlp.report.results import banners, has_dual_softmax, headline, tables, times_chance
 
 LABELS = {
     "python": "Python",
@@ -61,7 +61,7 @@ def write_report(run_dir: str | Path) -> Path:
         banners=banners(files),
         facts=facts(files),
         cards=headline(files.evaluations),
-        newest=[(found, tables(found)) for found in newest],
+        newest=[(found, tables(found), has_dual_softmax(tables(found))) for found in newest],
         training=training_curves(files.metrics, files.graph),
         evaluation=evaluation_curves(files.evaluations, files.metrics),
         galleries=galleries,
@@ -94,8 +94,9 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
         ("Experiment", run.experiment or "none named"),
         ("Started", words.when(run.started)),
         ("Duration", words.duration(run.seconds) + (f" in {run.attempts} attempts" if run.attempts > 1 else "")),
-        ("Clips trained on", words.count(sum(source.seen for source in run.sources))),
     ]
+    if run.sources:
+        rows.append(("Clips trained on", words.count(sum(source.seen for source in run.sources))))
     if kept:
         rows.append(("Parameters", f"{words.short(parameters)}, {words.short(trainable)} trainable"))
     return rows

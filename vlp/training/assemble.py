@@ -1,6 +1,6 @@
 """From a checked config to the things that are trained: model, objectives, views, and the graph that wires them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,11 +30,13 @@ def assemble(cfg: DictConfig) -> System:
         config.ConfigError: every part that refuses its arguments, every wrong name, every shape that does not fit.
     """
     messages: list[str] = []
-    model = _try(lambda: config.build(cfg.model), "model", messages)
+    model = _try(lambda: config.build(cfg.model, "model"), messages)
     nodes = {name: node for name, node in cfg.objective.items() if node is not None}
-    objectives = {n: _try(lambda node=node: build_part(node), f"objective.{n}", messages) for n, node in nodes.items()}
+    objectives = {
+        n: _try(lambda node=node, n=n: build_part(node, f"objective.{n}"), messages) for n, node in nodes.items()
+    }
     views = {
-        name: _try(lambda node=node: config.build(node), f"view.{name}", messages)
+        name: _try(lambda node=node, name=name: config.build(node, f"view.{name}"), messages)
         for name, node in cfg.view.items()
         if node is not None
     }
@@ -54,9 +56,9 @@ def assemble(cfg: DictConfig) -> System:
     return System(model, objectives, wirings, weights, graph, dropped, trained)
 
 
-def build_part(node: Any) -> Any:
+def build_part(node: Any, path: str) -> Any:
     """Build a part whose node carries keys of its section beside the arguments of its class."""
-    return config.build({key: value for key, value in plain(node).items() if key not in ("weight", "inputs")})
+    return config.build({key: value for key, value in plain(node).items() if key not in ("weight", "inputs")}, path)
 
 
 def plain(node: Any) -> Any:
@@ -69,13 +71,11 @@ def wanted(wirings: Mapping[str, Wiring]) -> list[str]:
     return [name for wiring in wirings.values() for _, name in flat(wiring)]
 
 
-def _try(make: Any, path: str, messages: list[str]) -> Any:
+def _try(make: Callable[[], Any], messages: list[str]) -> Any:
     try:
         return make()
     except config.ConfigError as error:
-        messages += [f"{path}.{line}" for line in error.messages]
-    except (ValueError, TypeError) as error:
-        messages.append(f"{path}: {error}")
+        messages += error.messages
     return None
 
 

@@ -25,7 +25,7 @@ class Evaluator:
     ) -> None:
         self.data, self.batch_size, self.directory = data, batch_size, directory
         self.graph = Graph(system.model, fields=Batch._fields, views={})
-        self.tasks = {name: config.build(node) for name, node in nodes.items() if node is not None}
+        self.tasks = {name: config.build(node, f"eval.tasks.{name}") for name, node in nodes.items() if node}
         self.skipped = {
             name: why for name, task in self.tasks.items() if (why := _why_not(task, self.graph, system.trained))
         }

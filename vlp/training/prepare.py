@@ -36,8 +36,10 @@ def sources(cfg: DictConfig) -> dict[str, Any]:
     built, messages = {}, []
     for name, node in cfg.data.sources.items():
         try:
-            built[name] = build_part(node)
+            built[name] = build_part(node, f"data.sources.{name}")
             built[name].prepare()
+        except config.ConfigError as error:
+            messages += error.messages
         except ValueError as error:
             messages.append(f"data.sources.{name}: {error}")
     if messages:

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from eval_toys import Lookup, captioned, make_data, toy_graph
+
+from vlp.eval.retrieval import Retrieval
+from vlp.eval.runner import evaluate
+
+CASE = [[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.7, 0.6]]  # captions "zero", "one", "two" against clips 0, 1, 2
+
+
+def run(folder, similarity, metas, *, scale=1.0, unusable=(), **options):
+    """Evaluate with given similarities [words, clips] of one-word texts; the word of row i is the number i."""
+    similarity = torch.tensor(similarity)
+    model = Lookup(torch.eye(similarity.shape[1]), similarity, scale=scale)
+    data = make_data(metas, batch_size=2, unusable=unusable)
+    options = {"tasks": {"retrieval": Retrieval(**options)}, "data": data, "step": 1, "device": "cpu"}
+    return evaluate(model, toy_graph(model), out_dir=folder / "eval", **options)["tasks"]["retrieval"]
+
+
+def column(task, name="raw"):
+    return {row["key"]: row[name] for row in task["rows"]}
+
+
+def test_retrieval_equals_the_hand_case(tmp_path):
+    raw = column(run(tmp_path, CASE, captioned("zero", "one", "two")))
+    found = {key: raw[key] for key in ("t2v_median_rank", "v2t_median_rank", "t2v_r5", "v2t_r10")}
+    assert found == {"t2v_median_rank": 2, "v2t_median_rank": 1, "t2v_r5": 100, "v2t_r10": 100}
+    assert [raw["t2v_r1"], raw["v2t_r1"]] == pytest.approx([33.333, 66.667], abs=1e-3)
+    assert [raw["t2v_mean_rank"], raw["v2t_mean_rank"]] == pytest.approx([1.667, 1.333], abs=1e-3)
+
+
+def test_every_caption_is_a_query_and_the_best_one_answers(tmp_path):
+    # Clip 0 has captions zero and one, clip 1 has two, clip 2 has three.
+    similarity = [[0.9, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.5, 0.1], [0.0, 0.4, 0.8]]
+    task = run(tmp_path, similarity, captioned(["zero", "one"], "two", "three"))
+    raw = column(task)
+    assert raw["t2v_r1"] == 75  # one finds clip 1; it would be third for clip 0
+    assert raw["t2v_mean_rank"] == (1 + 3 + 1 + 1) / 4
+    assert raw["v2t_r1"] == pytest.approx(66.667, abs=1e-3)  # to clip 1, caption one of clip 0 is nearer than two
+    assert {row["key"]: row["num"] for row in task["rows"]}["t2v_r1"] == 4
+
+
+def test_dual_softmax_repairs_a_hub_and_stays_apart(tmp_path):
+    hub = [[0.5, 0.6, 0.1], [0.2, 0.9, 0.1], [0.1, 0.7, 0.6]]  # clip 1 is near to every caption
+    task = run(tmp_path, hub, captioned("zero", "one", "two"), scale=10.0)
+    assert column(task)["t2v_r1"] == pytest.approx(33.333, abs=1e-3)
+    assert column(task, "dual_softmax")["t2v_r1"] == 100
+
+
+def test_dual_softmax_of_videos_normalises_over_the_videos(tmp_path):
+    hub = torch.tensor([[0.5, 0.6, 0.1], [0.2, 0.9, 0.1], [0.1, 0.7, 0.6]]).T.tolist()
+    task = run(tmp_path, hub, captioned("zero", "one", "two"), scale=10.0)
+    assert column(task)["v2t_r1"] == pytest.approx(33.333, abs=1e-3)
+    assert column(task, "dual_softmax")["v2t_r1"] == 100
+
+
+def test_equal_embeddings_tie_and_lose(tmp_path):
+    similarity = torch.rand(5, 1, generator=torch.Generator().manual_seed(0)).expand(5, 5).tolist()
+    raw = column(run(tmp_path, similarity, captioned("zero", "one", "two", "three", "four")))
+    assert (raw["t2v_r1"], raw["t2v_mean_rank"]) == (0, 5)
+
+
+def test_unusable_clips_are_no_queries_and_no_candidates(tmp_path):
+    task = run(tmp_path, CASE, captioned("zero", "one", "two"), unusable=(0,))
+    assert column(task)["t2v_mean_rank"] == 1.5  # without clip 0: .5 against .1, .6 against .7
+    assert column(task, "chance")["t2v_r1"] == 50
+
+
+def test_examples_show_right_and_wrong_queries_with_their_results(tmp_path):
+    task = run(tmp_path, CASE, captioned("zero", "one", "two"), num_examples=2, num_results=2)
+    right, wrong = task["examples"]
+    assert (right["query"], right["rank"], wrong["query"], wrong["rank"]) == ("zero", 1, "one", 2)
+    assert [(found["key"], found["score"], found["correct"]) for found in wrong["results"]] == [
+        ("clip/0", 0.8, False),
+        ("clip/1", 0.5, True),
+    ]
+    assert all((tmp_path / found["strip"]).is_file() for found in right["results"] + wrong["results"])
+
+
+def test_examples_name_the_caption_that_was_asked(tmp_path):
+    similarity = [[0.9, 0.3], [0.2, 0.8], [0.1, 0.4]]
+    task = run(tmp_path, similarity, captioned(["zero"], ["one", "two"]), num_examples=9)
+    assert [example["query"] for example in task["examples"]] == ["zero", "one", "two"]
+
+
+def test_a_split_without_usable_clips_has_no_rows(tmp_path):
+    task = run(tmp_path, CASE, captioned("zero", "one"), unusable=(0, 1))
+    assert (task["rows"], task["examples"]) == ([], [])

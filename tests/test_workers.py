@@ -1,0 +1,158 @@
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from vlp.data.workers import WorkerError, Workers, ordered
+from vlp.types import Reason
+
+FAST = Workers(num_workers=2, stall_s=1.0, start_method="fork")
+
+
+class Pair(NamedTuple):
+    ids: torch.Tensor
+    big: torch.Tensor
+    job: int
+
+
+class Work:
+    """Three samples a job; does something to its own process at one of them, while `armed` exists."""
+
+    def __init__(
+        self, at: tuple[int, int] | None = None, deed: signal.Signals | None = None, armed: Path | None = None
+    ):
+        self.at, self.deed, self.armed = at, deed, armed
+
+    def __call__(self, job, *, begin, skip):
+        ids = []
+        for slot in range(3):
+            begin(slot)
+            ids.append(-skip[slot] if slot in skip else 10 * job + slot)
+            if (job, slot) == self.at and slot not in skip and (self.armed is None or self.armed.exists()):
+                if self.armed is not None:
+                    self.armed.unlink()
+                os.kill(os.getpid(), self.deed)
+        return Pair(torch.tensor(ids), torch.full((5,), job, dtype=torch.uint8).share_memory_(), job)
+
+
+class Fails:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, job, *, begin, skip):
+        if job == 2:
+            raise self.error
+        return job
+
+
+class Pids:
+    def __call__(self, job, *, begin, skip):
+        return os.getpid()
+
+
+def ids_of(work, settings=FAST, num_jobs=9):
+    return [pair.ids.tolist() for pair in ordered(work, range(num_jobs), settings)]
+
+
+PLAIN = [[10 * job, 10 * job + 1, 10 * job + 2] for job in range(9)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_results_come_in_order_for_any_number_of_workers(num_workers, prefetch):
+    results = list(ordered(Work(), range(9), FAST._replace(num_workers=num_workers, prefetch=prefetch)))
+    assert [pair.ids.tolist() for pair in results] == PLAIN
+    assert [pair.big.tolist() for pair in results] == [[job] * 5 for job in range(9)]
+    assert [pair.job for pair in results] == list(range(9)) and type(results[0]) is Pair
+
+
+def test_spawned_workers_give_the_same():
+    assert ids_of(Work(), FAST._replace(num_workers=1, start_method="spawn")) == PLAIN
+
+
+@pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGSTOP])
+def test_killed_or_stopped_worker_is_replaced_and_nothing_changes(tmp_path, deed, caplog):
+    armed = tmp_path / "armed"
+    armed.touch()
+    with caplog.at_level(logging.WARNING):
+        assert ids_of(Work(at=(4, 1), deed=deed, armed=armed)) == PLAIN
+    assert "at job 4, sample 1; its jobs are given to a new one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("deed", "reason"), [(signal.SIGKILL, Reason.DECODE_CRASH), (signal.SIGSTOP, Reason.DECODE_TIMEOUT)]
+)
+def test_sample_that_takes_two_workers_down_is_left_out(deed, reason):
+    result = ids_of(Work(at=(4, 1), deed=deed), FAST._replace(max_restarts=1))
+    assert result == [*PLAIN[:4], [40, -reason, 42], *PLAIN[5:]]
+
+
+def test_unexplained_deaths_end_the_run():
+    class DiesAtOnce:
+        def __call__(self, job, *, begin, skip):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(WorkerError, match="3 restarts within an hour, allowed are max_restarts=2"):
+        list(ordered(DiesAtOnce(), range(3), FAST._replace(num_workers=1, max_restarts=2)))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ValueError("size=7 is not 8"), ValueError, "^size=7 is not 8$"),
+        (KeyError("caption"), RuntimeError, "in a loader worker, job 2:.*KeyError: 'caption'"),
+    ],
+)
+def test_error_of_the_work_is_raised_in_its_place(error, kind, message):
+    results = ordered(Fails(error), range(5), FAST)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(kind, match="(?s)" + message):
+        next(results)
+
+
+def test_workers_ignore_the_signals_of_the_job(tmp_path):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        assert ids_of(Work(at=(1, 1), deed=number), FAST._replace(max_restarts=0), num_jobs=3) == PLAIN[:3]
+
+
+def test_signal_in_the_moment_of_the_start_is_ignored_too():
+    results = ordered(Pids(), range(2), FAST._replace(max_restarts=0, num_workers=1))
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert next(results) != os.getpid()
+    results.close()
+
+
+def test_closed_generator_leaves_no_process():
+    results = ordered(Pids(), range(9), FAST)
+    pids = {next(results), next(results)}
+    results.close()
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def alive(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split(")")[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("end", ["pass", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+def test_workers_end_with_the_trainer(end):
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_workers import *
+results = ordered(Pids(), range(9), FAST)
+print(next(results), next(results), flush=True)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    deadline = time.monotonic() + 5
+    pids = done.stdout.split()
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(pids) == 2 and not any(map(alive, pids)), done.stderr

@@ -1,0 +1,87 @@
+"""When to look: times of frames, in seconds from the first displayed frame, sorted, each with a frame to show.
+
+All take what the index knows of a video (`duration_s`, 0 for a still image, and `fps`, its average rate) and a
+generator; without one the choice is the centred one, for tests. A still image is looked at at time 0, as often as asked.
+
+T times.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """One time in each of `num_frames` equal segments of the video: at random inside it, or its middle. Returns [T]."""
+
+    num_frames: int
+
+    def __post_init__(self) -> None:
+        _check_positive("num_frames", self.num_frames)
+
+    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
+        if duration_s <= 0:
+            return np.zeros(self.num_frames)
+        inside = 0.5 if rng is None else rng.random(self.num_frames)
+        times_s = (np.arange(self.num_frames) + inside) * (duration_s / self.num_frames)
+        return _shown(times_s, duration_s, fps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fps:
+    """As many frames as the video has at rate `fps`, evenly spaced, at least one: at a random phase, or centred.
+
+    Returns at most `num_frames` times: longer videos are covered evenly, at a lower rate. A still image gives one time.
+    """
+
+    num_frames: int
+    fps: float
+
+    def __post_init__(self) -> None:
+        _check_positive("num_frames", self.num_frames)
+        _check_positive("fps", self.fps)
+
+    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
+        if duration_s <= 0:
+            return np.zeros(1)
+        num_times = min(max(1, int(duration_s * self.fps + 1e-6)), self.num_frames)  # 1e-6: 2.9999999 frames are three
+        whole = num_times == self.num_frames or num_times == 1
+        step_s = duration_s / num_times if whole else 1 / self.fps
+        rest_s = duration_s - (num_times - 1) * step_s  # the first time may be anywhere in it
+        start_s = rest_s * (0.5 if rng is None else rng.random())
+        return _shown(start_s + np.arange(num_times) * step_s, duration_s, fps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """`num_frames` evenly spaced times in a window of `window_s`, at a random place of the video or its middle.
+
+    Returns [T]. A shorter video is its own window.
+    """
+
+    num_frames: int
+    window_s: float
+
+    def __post_init__(self) -> None:
+        _check_positive("num_frames", self.num_frames)
+        _check_positive("window_s", self.window_s)
+
+    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
+        if duration_s <= 0:
+            return np.zeros(self.num_frames)
+        window_s = min(self.window_s, duration_s)
+        start_s = (duration_s - window_s) * (0.5 if rng is None else rng.random())
+        times_s = start_s + (np.arange(self.num_frames) + 0.5) * (window_s / self.num_frames)
+        return _shown(times_s, duration_s, fps)
+
+
+def _shown(times_s: np.ndarray, duration_s: float, fps: float) -> np.ndarray:
+    """Move times behind the middle of the last frame to it: durations are rounded, and that frame surely exists."""
+    last_s = duration_s - 0.5 / fps if fps > 0 else duration_s
+    return times_s.clip(0, max(0.0, min(last_s, float(np.nextafter(duration_s, 0)))))
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < np.inf:
+        raise ValueError(f"{name}={value} must be positive and finite; change it in the sampling section of the config.")
