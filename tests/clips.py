@@ -56,7 +56,8 @@ def clip(
     file = io.BytesIO()
     pts = pts if pts is not None else [i * CLOCK // 30 for i in range(num_frames)]
     with av.open(file, "w", format=container) as output:
-        streams = [_add_stream(output, kind, codec=codec, size=size, pix_fmt=pix_fmt, options=options) for kind in layout]
+        how = {"codec": codec, "size": size, "pix_fmt": pix_fmt, "options": options}
+        streams = [_add_stream(output, kind, **how) for kind in layout]
         for kind, stream in zip(layout, streams, strict=True):
             first = 1000 if kind == "w" else 0
             frames = _silence() if kind == "a" else _frames(pts, first=first, size=size, pix_fmt=pix_fmt)
@@ -91,11 +92,20 @@ def _silence():
         yield frame
 
 
-def remux(data: bytes, *, first: int = 0, shift: int = 0, container: str = "mp4", options: dict | None = None) -> bytes:
-    """Copy packets from number `first` (decoding order) on, without the encoder, moving time by `shift` ticks of 1/CLOCK s."""
+def remux(
+    data: bytes,
+    *,
+    first: int = 0,
+    shift: int = 0,
+    container: str = "mp4",
+    options: dict[str, str] | None = None,
+    title: str = "",
+) -> bytes:
+    """Copy the packets from number `first` (in decoding order) on, as they are, `shift` ticks of 1/CLOCK s later."""
     file = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container, options=options or {}) as output:
         stream = source.streams.video[0]
+        output.metadata["title"] = title
         copy = output.add_stream_from_template(stream)
         ticks = int(Fraction(shift, CLOCK) / stream.time_base)
         for packet in [packet for packet in source.demux(stream) if packet.size][first:]:
@@ -116,6 +126,104 @@ def with_matrix(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
     a, b, c, d = (value << 16 for value in matrix)
     at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes stand before the matrix
     return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+
+
+def with_edits(data: bytes, *edits: tuple[int, int]) -> bytes:
+    """Replace the edit list of an mp4 whose header is last: (duration in 1/1000 s, start in ticks of the track)."""
+    rows = b"".join(struct.pack(">IiI", duration, start, 1 << 16) for duration, start in edits)
+    at = data.index(b"elst") - 4
+    size = int.from_bytes(data[at : at + 4])
+    table = struct.pack(">I4sII", 16 + len(rows), b"elst", 0, len(edits)) + rows
+    patched = bytearray(data[:at] + table + data[at + size :])
+    for box in (b"edts", b"trak", b"moov"):
+        start = patched.index(box) - 4
+        grown = int.from_bytes(patched[start : start + 4]) + len(table) - size
+        patched[start : start + 4] = grown.to_bytes(4)
+    return bytes(patched)
+
+
+def header_first(data: bytes) -> bytes:
+    """Move the moov box of an mp4 before its mdat, so that the end can be cut off."""
+    at = data.rindex(b"moov") - 4
+    before, header = data[:at], bytearray(data[at : at + int.from_bytes(data[at : at + 4])])
+    begin = data.index(b"mdat") - 4
+    start = 0
+    while (start := header.find(b"stco", start) + 4) > 3:
+        count = int.from_bytes(header[start + 4 : start + 8])
+        offsets = np.frombuffer(header, ">u4", count, start + 8) + len(header)
+        header[start + 8 : start + 8 + 4 * count] = offsets.astype(">u4").tobytes()
+    return before[:begin] + bytes(header) + before[begin:] + data[at + len(header) :]
+
+
+def without_hints(data: bytes) -> bytes:
+    """Take the usability information, hence the depth of reordering, out of the H.264 header of an mp4."""
+    at = data.index(b"avcC") + 4 + 8
+    size = int.from_bytes(data[at - 2 : at])
+    bits = "".join(f"{byte:08b}" for byte in data[at + 4 : at + size])  # after the NAL type, profile and level
+    place = 0
+
+    def golomb() -> int:
+        nonlocal place
+        zeros = bits.index("1", place) - place
+        place += 2 * zeros + 1
+        return int(bits[place - zeros - 1 : place], 2) - 1
+
+    golomb()
+    if data[at + 1] == 100:  # High profile: colour format, depths, one flag, scaling matrices
+        golomb(), golomb(), golomb()
+        place += 2
+    golomb()
+    assert golomb() == 0  # the only kind of picture order count that x264 writes
+    golomb(), golomb()
+    place += 1
+    golomb(), golomb()
+    place += 2
+    cropped, place = bits[place] == "1", place + 1
+    for _ in range(4 * cropped):
+        golomb()
+    assert bits[place] == "1"
+    short = (bits[:place] + "01").ljust(len(bits), "0")  # no usability information, end, padding
+    patched = bytes(int(short[i : i + 8], 2) for i in range(0, len(short), 8))
+    return data[: at + 4] + patched + data[at + size :]
+
+
+def declared(data: bytes, width: int, height: int) -> bytes:
+    """Write another coded size into the sample description of an H.264 mp4; the stream itself keeps its own."""
+    at = data.index(b"avc1", data.index(b"stsd")) + 4 + 24
+    return data[:at] + struct.pack(">HH", width, height) + data[at + 4 :]
+
+
+def flat(picture: np.ndarray, *, matrix: int) -> bytes:
+    """Encode one picture without loss of note, with YUV by this colour matrix (1 = BT.709, 6 = BT.601) and named so."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = _add_stream(
+            output, "v", codec="libx264", size=picture.shape[1::-1], pix_fmt="yuv444p", options={"crf": "1"}
+        )
+        stream.codec_context.colorspace = matrix
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame = frame.reformat(format="yuv444p", dst_colorspace={1: "ITU709", 6: "ITU601"}[matrix], threads=1)
+        frame.pts, frame.time_base = 0, Fraction(1, CLOCK)
+        for item in (frame, None):
+            output.mux(stream.encode(item))
+    return file.getvalue()
+
+
+def with_cover() -> bytes:
+    """Encode a second of silence with a cover picture, which looks like a video stream."""
+    file, picture = io.BytesIO(), image("mjpeg")
+    with av.open(file, "w", format="mp4") as output:
+        sound = output.add_stream("aac", rate=16000)
+        cover = output.add_stream("mjpeg")
+        cover.width, cover.height, cover.pix_fmt = 32, 24, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        packet = av.Packet(picture)
+        packet.stream, packet.pts, packet.dts, packet.time_base = cover, 0, 0, Fraction(1, 25)
+        packet.is_keyframe = True
+        for frame in [*_silence(), None]:
+            output.mux(sound.encode(frame))
+        output.mux(packet)
+    return file.getvalue()
 
 
 def image(codec: str = "png", *, size: tuple[int, int] = (32, 24)) -> bytes:

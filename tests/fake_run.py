@@ -77,7 +77,7 @@ def rows(done: float, rng: np.random.Generator) -> list[dict]:
     for key, name in METRICS:
         for k, best in ((1, 41.0), (5, 73.5), (10, 86.0)):
             raw = round(0.5 * k + (best - 0.5 * k) * done**0.7 + rng.normal(), 1)
-            values = {"raw": raw, "dual_softmax": round(raw + 3 * done, 1), "chance": 0.5 * k, "unit": "%"}
+            values = {"raw": raw, "dual_softmax": round(raw + 3 * done, 1), "chance": 0.5 * k, "unit": "%", "num": 200}
             found.append({"metric": f"{name} R@{k}", "key": f"{key}_r{k}", "higher_is_better": True, **values})
         rank = {"raw": round(100 - 98 * done**0.5), "dual_softmax": None, "chance": 100.5, "unit": ""}
         found.append({"metric": f"{name} median rank", "key": f"{key}_medr", "higher_is_better": False, **rank})
@@ -119,7 +119,12 @@ def write_evaluation(directory: Path, step: int, done: float, strips: list, rng:
     probe = {"metric": "order chosen rightly", "key": "accuracy", "raw": round(50 + 33 * done + rng.normal(), 1)}
     probe |= {"dual_softmax": None, "chance": 50.0, "unit": "%", "higher_is_better": True}
     captions = [
-        {"kind": "caption", "generated": text.replace("then", "and then"), "references": [text, text[2:]], "strip": strip}
+        {
+            "kind": "caption",
+            "generated": text.replace("then", "and then"),
+            "references": [text, text[2:]],
+            "strip": strip,
+        }
         for text, strip in strips[6:10]
     ]
     overlap = {"metric": "BLEU-4", "key": "bleu4", "raw": round(58 * done, 1), "dual_softmax": None, "chance": None}
@@ -186,7 +191,10 @@ def run_json(status: str, step: int, max_steps: int) -> dict:
     parts = [("video_encoder", 5_526_528, 5_526_528), ("text_encoder", 3_100_672, 0), ("fusion", 2_370_000, 2_370_000)]
     parts += [("decoder", 3_420_000, 3_420_000), ("video_projection", 49_152, 49_152), ("temperature", 1, 1)]
     reasons = [("video_broken", "index", "no decodable frame"), ("caption_missing", "prepare", "")]
-    reasons += [("video_truncated", "train", "ends at 1.92 s, wanted 2.40 s"), ("video_broken", "index", "no container")]
+    reasons += [
+        ("video_truncated", "train", "ends at 1.92 s, wanted 2.40 s"),
+        ("video_broken", "index", "no container"),
+    ]
     dropped = [
         {"key": f"clip_{n:05d}", "where": f"my_videos-{n % 3:06d}.tar", "reason": r, "stage": s, "detail": d}
         for n in range(5)
@@ -206,7 +214,7 @@ def run_json(status: str, step: int, max_steps: int) -> dict:
         "started": "2026-11-23T00:47:12+00:00",
         "seconds": 743.4,
         "attempts": 2,
-        "environment": {"python": "3.11.9", "torch": "2.14.0", **machine, "git_commit": "4be1f02c9a"},
+        "environment": {"python": "3.11.9", "torch": "2.14.0", **machine, "commit": "4be1f02c9a"},
         "parts": [{"name": n, "parameters": p, "trainable": t, "dropped": n == "decoder"} for n, p, t in parts],
         "sources": [
             {"name": "world", "test_is_train": False, "dropped": [], **source},

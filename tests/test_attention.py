@@ -34,6 +34,8 @@ def segments(q, k, v, starts_q, starts_k, max_q, max_k):
     """The contract of flash_attn_varlen_func in plain torch, with rubbish wherever the contract leaves results open."""
     assert starts_q.dtype == starts_k.dtype == torch.int32
     k.register_hook(lambda g: g.index_fill(0, torch.arange(int(starts_k[-1]), len(k)), math.nan))
+    no_keys = (starts_k.diff() == 0).repeat_interleave(max_q)
+    q.register_hook(lambda g: g.masked_fill(no_keys[:, None, None], math.nan))
     out = torch.full_like(q, math.nan)
     for i in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])

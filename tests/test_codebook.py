@@ -89,7 +89,7 @@ def test_empty_codebook_refuses_until_it_is_fitted_or_loaded():
 
 
 def test_codebook_of_more_codes_than_cells_names_both_numbers():
-    with pytest.raises(ValueError, match="1 different cells.*num_codes=5"):
+    with pytest.raises(ValueError, match=r"1 different cells.*num_codes=5"):
         PatchCodebook(num_codes=5, patch_size=PATCH).fit([torch.zeros_like(clips())], seed=0)
     with pytest.raises(ValueError, match="0 different cells"):
         PatchCodebook(num_codes=5, patch_size=PATCH).fit([], seed=0)

@@ -1,12 +1,19 @@
-"""Fusion of both sides and the caption decoder. Axes: B pairs, L words, T frames, H W cells, D width, V vocabulary."""
+"""Fusion of both sides and the caption decoder; the law of ZeRO-3 for all parts.
+
+Axes: B pairs, L words, T frames, H W cells, D width, V vocabulary.
+"""
 
 import pytest
 import torch
 
+from vlp.encoders.spacetime import Divided, Joint
+from vlp.encoders.text import EmbeddingText, HuggingFaceText
+from vlp.encoders.timm_video import SpaceTimeVit, TimmFrames
 from vlp.fusion.cross import CrossFusion
 from vlp.fusion.decoder import CaptionDecoder
 from vlp.fusion.joint import JointFusion
 from vlp.layers.block import blocks_of
+from vlp.layers.pool import AttentionPool
 from vlp.types import Grid, Tokens
 
 B, L, T, H, W, DIM, DIM_VIDEO, DIM_TEXT, V = 2, 5, 3, 2, 4, 12, 10, 14, 30
@@ -175,3 +182,52 @@ def test_fusions_run_in_bfloat16_autocast_in_training():
         for fusion in (JointFusion, CrossFusion):
             assert build(fusion, dropout=0.1, drop_path=0.1).train()(video(), text()).text.x.isfinite().all()
         assert decoder(dropout=0.1).train()(video(), ids(), WORDS).isfinite().all()
+
+
+SIZES = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 8}
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "num_frames": 4,
+    "size": 32,
+    "overrides": {"embed_dim": 12, "depth": 2, "num_heads": 3},
+}
+PIXELS = torch.randn(B, T, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+PARTS = {
+    "joint_vit": (lambda: SpaceTimeVit(time=Joint(), **VIT), (PIXELS, FRAMES)),
+    "divided_vit": (lambda: SpaceTimeVit(time=Divided(), tubelet_size=2, **VIT), (PIXELS, FRAMES)),
+    "frames": (lambda: TimmFrames(space_positions=True, **VIT), (PIXELS, FRAMES)),
+    "bert": (
+        lambda: HuggingFaceText(config={"model_type": "bert", **SIZES}, vocab_size=V, pad_id=0, max_length=L),
+        (ids(), WORDS),
+    ),
+    "embedding": (lambda: EmbeddingText(vocab_size=V, dim=DIM, max_length=L, pad_id=0), (ids(), WORDS)),
+    "joint": (lambda: build(JointFusion), (video(), text())),
+    "cross": (lambda: build(CrossFusion), (video(), text())),
+    "decoder": (decoder, (video(), ids(), WORDS)),
+    "pool": (lambda: AttentionPool(dim=DIM_VIDEO, num_heads=2), (video(),)),
+}
+
+
+def leave_parameters_empty_outside_their_owners_forward(module: torch.nn.Module) -> None:
+    """What ZeRO-3 does: a parameter has its values only while the module that holds it runs."""
+    values = {p: p.data.clone() for p in module.parameters()}
+
+    def fill(part: torch.nn.Module, real: bool) -> None:
+        for p in part.parameters(recurse=False):
+            p.data = values[p] if real else torch.full_like(values[p], torch.nan)
+
+    for part in module.modules():
+        fill(part, False)
+        part.register_forward_pre_hook(lambda part, _: fill(part, True))
+        part.register_forward_hook(lambda part, *_: fill(part, False))
+
+
+@pytest.mark.parametrize("name", PARTS)
+@torch.no_grad()
+def test_parameters_are_read_inside_their_owners_forward_only(name):
+    make, inputs = PARTS[name]
+    module = make().eval()
+    expected = torch.utils._pytree.tree_leaves(module(*inputs))
+    leave_parameters_empty_outside_their_owners_forward(module)
+    for ours, theirs in zip(torch.utils._pytree.tree_leaves(module(*inputs)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -12,6 +12,15 @@ TIES = torch.tensor([[0.5, 0.5, 0.1], [0.2, 0.9, 0.1], [0.1, 0.2, 0.8]])
 DIAGONAL = torch.arange(3)
 
 
+def test_similarity_of_equal_candidates_ties_exactly():
+    generator = torch.Generator().manual_seed(0)
+    for dim in (31, 64, 255):
+        query, candidate = torch.randn(2, 1, dim, generator=generator)
+        scores = metrics.similarity(query, candidate.repeat(9, 1))
+        torch.testing.assert_close(scores[0, 0], query[0] @ candidate[0])
+        assert (scores == scores[0, 0]).all()
+
+
 def test_ranks_equal_the_hand_case_in_both_directions():
     forward, backward = metrics.ranks(CASE, DIAGONAL), metrics.ranks(CASE.T, DIAGONAL)
     assert forward.tolist() == [1, 2, 2]

@@ -106,7 +106,7 @@ def test_learned_positions_add_the_first_rows():
 
 
 def test_learned_positions_refuse_longer_inputs():
-    with pytest.raises(ValueError, match="3 places.*has 2"):
+    with pytest.raises(ValueError, match=r"3 places.*has 2"):
         LearnedPositions(length=2, dim=D)(torch.randn(B, T, D))
 
 

@@ -8,10 +8,17 @@ from vlp.eval.runner import evaluate
 CASE = [[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.7, 0.6]]  # captions "zero", "one", "two" against clips 0, 1, 2
 
 
-def run(folder, similarity, metas, *, scale=1.0, unusable=(), **options):
-    """Evaluate with given similarities [words, clips] of one-word texts; the word of row i is the number i."""
+def lookup(similarity, scale=1.0):
+    """A model with given similarities [words, clips] of one-word texts; the word of row i is the number i."""
     similarity = torch.tensor(similarity)
-    model = Lookup(torch.eye(similarity.shape[1]), similarity, scale=scale)
+    return Lookup(torch.eye(similarity.shape[1]), similarity, scale=scale)
+
+
+def run(folder, similarity, metas, *, scale=1.0, unusable=(), **options):
+    return evaluated(folder, lookup(similarity, scale), metas, unusable=unusable, **options)
+
+
+def evaluated(folder, model, metas, *, unusable=(), **options):
     data = make_data(metas, batch_size=2, unusable=unusable)
     options = {"tasks": {"retrieval": Retrieval(**options)}, "data": data, "step": 1, "device": "cpu"}
     return evaluate(model, toy_graph(model), out_dir=folder / "eval", **options)["tasks"]["retrieval"]
@@ -40,15 +47,21 @@ def test_every_caption_is_a_query_and_the_best_one_answers(tmp_path):
     assert {row["key"]: row["num"] for row in task["rows"]}["t2v_r1"] == 4
 
 
+def test_texts_are_encoded_once_for_each_caption_of_the_clip_with_the_most(tmp_path):
+    model = lookup(CASE)
+    evaluated(tmp_path, model, captioned("zero", "one", ["two", "zero", "one"]))  # batches: clips 0 and 1, clip 2
+    assert model.calls == ["video", "text", "video", "text", "text", "text"]
+
+
 def test_dual_softmax_repairs_a_hub_and_stays_apart(tmp_path):
-    hub = [[0.5, 0.6, 0.1], [0.2, 0.9, 0.1], [0.1, 0.7, 0.6]]  # clip 1 is near to every caption
+    hub = [[0.5, 0.8, 0.1], [0.2, 0.9, 0.1], [0.1, 0.8, 0.6]]  # clip 1 is near to every caption
     task = run(tmp_path, hub, captioned("zero", "one", "two"), scale=10.0)
     assert column(task)["t2v_r1"] == pytest.approx(33.333, abs=1e-3)
     assert column(task, "dual_softmax")["t2v_r1"] == 100
 
 
 def test_dual_softmax_of_videos_normalises_over_the_videos(tmp_path):
-    hub = torch.tensor([[0.5, 0.6, 0.1], [0.2, 0.9, 0.1], [0.1, 0.7, 0.6]]).T.tolist()
+    hub = torch.tensor([[0.5, 0.8, 0.1], [0.2, 0.9, 0.1], [0.1, 0.8, 0.6]]).T.tolist()
     task = run(tmp_path, hub, captioned("zero", "one", "two"), scale=10.0)
     assert column(task)["v2t_r1"] == pytest.approx(33.333, abs=1e-3)
     assert column(task, "dual_softmax")["v2t_r1"] == 100

@@ -12,7 +12,7 @@ from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.layers.patch import CentralFrame, FrameAverage, TubeletEmbed, fill_tubelets
 
 B, T, SIZE, PATCH, DIM = 2, 3, 32, 8, 24
-VIT = {"embed_dim": DIM, "depth": 2, "num_heads": 3}
+VIT = {"embed_dim": DIM, "depth": 2, "num_heads": 3, "patch_size": PATCH}
 TIMES = pytest.mark.parametrize("time", [Joint(), Divided()], ids=["joint", "divided"])
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 
@@ -23,7 +23,6 @@ def build(time, num_frames: int = 4, tubelet_size: int = 1, overrides: dict | No
         name="vit_tiny_patch16_224",
         num_frames=num_frames,
         size=SIZE,
-        patch_size=PATCH,
         time=time,
         tubelet_size=tubelet_size,
         overrides=VIT | (overrides or {}),
@@ -37,7 +36,7 @@ def clips(num_frames: int = T) -> torch.Tensor:
 
 def image_model(model: SpaceTimeVit, **overrides) -> nn.Module:
     """timm's own image model with the same parameters."""
-    arguments = VIT | {"patch_size": PATCH, "img_size": SIZE, "num_classes": 0, "global_pool": ""} | overrides
+    arguments = VIT | {"img_size": SIZE, "num_classes": 0, "global_pool": ""} | overrides
     image = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
     own = {k: v for k, v in model.state_dict().items() if "time" not in k}
     image.load_state_dict(own)
@@ -155,7 +154,7 @@ def test_tubelet_that_is_not_full_repeats_the_last_frame():
 
 
 def test_more_frames_than_the_limit_name_the_fix():
-    with pytest.raises(ValueError, match="5 places.*has 4"):
+    with pytest.raises(ValueError, match=r"5 places.*has 4"):
         build(Joint())(clips(5))
 
 

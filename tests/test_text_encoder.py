@@ -90,7 +90,9 @@ def test_local_directory_loads_its_weights(tmp_path):
 
 
 def test_text_tower_of_a_two_tower_model_loads(tmp_path):
-    text = CLIPTextConfig(**SIZES, vocab_size=VOCAB, max_position_embeddings=L, eos_token_id=3, bos_token_id=2, pad_token_id=1)
+    text = CLIPTextConfig(
+        **SIZES, vocab_size=VOCAB, max_position_embeddings=L, eos_token_id=3, bos_token_id=2, pad_token_id=1
+    )
     vision = CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)
     source = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=5)).eval()
     source.save_pretrained(tmp_path)
@@ -152,7 +154,7 @@ def test_embedding_text_equals_its_formula():
 
 
 def test_embedding_text_refuses_longer_texts():
-    with pytest.raises(ValueError, match="7 places.*has 5"):
+    with pytest.raises(ValueError, match=r"7 places.*has 5"):
         EmbeddingText(vocab_size=VOCAB, dim=DIM, max_length=5, pad_id=1)(ids(), MASK)
 
 

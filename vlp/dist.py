@@ -76,7 +76,7 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor) -> Tensor:
-    x = x.contiguous()  # before `empty_like`, which copies strides: parts with other strides would hold other rows
+    x = x.contiguous()  # before `empty_like` copies its strides: NCCL fills parts by memory, not by element
     parts = [torch.empty_like(x) for _ in range(world_size())]
     torch_dist.all_gather(parts, x)
     return torch.cat(parts)

@@ -9,15 +9,18 @@ that it needs, as fixtures are in pytest:
 A *view* is a callable with `writes`, a tuple of names; its parameters name what it reads from the unchanged step.
 `fused:masked_words+masked_patches` is `fused` as it would be if those views had replaced what they write. A view that
 changes nothing a quantity depends on is dropped from its name, so `video:masked_words` *is* `video`, computed once.
-What a view reads without gradient it names in `detached`.
+What a view reads without gradient it names in `detached`. Inputs are found in signatures, the parts that a quantity uses
+in its source; nothing runs to make the plan.
 
     batch fields --> view --> replaced fields or quantities
          |                        |
          +--> quantity --> quantity:view --> roles of the objectives
 """
 
+import ast
 import copy
 import difflib
+import functools
 import inspect
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,13 +68,14 @@ class Graph:
     Args:
         model: the module whose class carries the quantities.
         fields: names of the batch fields.
-        views: name -> view object (callable with `writes`).
+        views: name -> view object (callable with `writes` and `detached`).
     """
 
     def __init__(self, model: nn.Module, *, fields: Iterable[str], views: Mapping[str, Any]) -> None:
         self.model_type = type(model)
         self.children = {name for name, child in model._modules.items() if child is not None}
-        self.absent = model._modules.keys() - self.children  # parts that the config leaves out
+        # Parts that the config leaves out: `self.fusion = None` makes a plain attribute, not a child.
+        self.absent = {name for name, value in {**vars(model), **model._modules}.items() if value is None}
         self.fields = tuple(fields)
         self.views = dict(views)
         self.quantities = {
@@ -121,13 +125,13 @@ class Graph:
         """Return the steps that compute the wanted nodes, each once, every step after what it needs."""
         steps: dict[Node, Step] = {}
         for text in wanted:
-            self._visit(self.node(text), steps, ())
+            self._visit(self.node(text), steps)
         return list(steps.values())
 
     def reads(self, node: Node) -> set[str]:
         """Return the batch fields that a node is computed from."""
         steps: dict[Node, Step] = {}
-        self._visit(node, steps, ())
+        self._visit(node, steps)
         return {step.name for step in steps if step.name in self.fields and not step.views}
 
     def parts(self, name: str) -> tuple[str, ...]:
@@ -161,14 +165,12 @@ class Graph:
                     messages.append(f"{owner}.inputs.{role}: {error}")
         return messages
 
-    def _visit(self, node: Node, steps: dict[Node, Step], path: tuple[Node, ...]) -> None:
+    def _visit(self, node: Node, steps: dict[Node, Step]) -> None:
         if node in steps:
             return
-        if node in path:
-            raise GraphError(f"'{node}' needs itself: {' <- '.join(str(n) for n in [*path, node])}.")
         needs = [need for need in self.needs(node) if need is not None]
-        for need in needs:
-            self._visit(need, steps, (*path, node))
+        for need in needs:  # ends: `_effective` has refused every cycle
+            self._visit(need, steps)
         writer = self.writer(node)
         own = writer is None and node.name in self.quantities
         missing = sorted(_attributes(self.model_type, node.name, set()) & self.absent) if own else []
@@ -350,8 +352,19 @@ def _attributes(model_type: type, name: str, seen: set[str]) -> set[str]:
     if name in seen or not inspect.isfunction(function):
         return set()
     seen.add(name)
-    names = set(function.__code__.co_names)
+    names = _own_names(function)
     return names.union(*(_attributes(model_type, inner, seen) for inner in names))
+
+
+@functools.cache
+def _own_names(function: Callable) -> frozenset[str]:
+    """Names that a method's source reads from `self`; `fused.text` is no use of `self.text`."""
+    source = inspect.getsource(function)
+    tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    arguments = next(node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    own = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
+    reads = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    return frozenset(node.attr for node in reads if node.value.id in own)
 
 
 def _near(word: str, known: Iterable[str]) -> str:

@@ -3,12 +3,14 @@
 A view's parameters name what it reads; `writes` names what it returns, in order. All draws come from `key`, so a view
 does the same to a sample on every rank, at every batch position, after every restart.
 
-Axes: B clips, G clips of all ranks, T frames or grid steps, H W grid cells, L text length, N cells, D width.
+Axes: B clips, G clips of all ranks, T frames or grid steps, U frames of a step, H W grid cells, L text length, N cells,
+D width.
 """
 
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -60,7 +62,7 @@ class MaskWords:
         unit_draws = ops.uniform(ops.fold(key, 1), num_tokens)  # [B, L], one a unit
         exists = _units_present(units)  # [B, L]
         counts = (exists.sum(1) * self.prob).round().clamp(min=1).long()  # [B]
-        chosen_units = ops.choose(unit_draws.masked_fill(~exists, -1.0), counts) & exists
+        chosen_units = ops.choose(unit_draws.masked_fill(~exists, -1.0), counts)
         chosen = chosen_units.gather(1, units.clamp(min=0)) & inside & valid[:, None]  # [B, L]
         fate = ops.uniform(ops.fold(key, 2), num_tokens)
         random_ids = (ops.uniform(ops.fold(key, 3), num_tokens) * self.vocab_size).long()
@@ -70,12 +72,10 @@ class MaskWords:
 
 
 class Pattern(Protocol):
-    """Which cells of a grid to hide: a score for each; the highest are hidden."""
-
-    ratio: float
+    """Which cells of a grid to hide."""
 
     def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Return scores [B, T, H, W] in [0, 1)."""
+        """Return [B, T, H, W] bool, True = hidden, for keys [B] and shape (T, H, W)."""
         ...
 
 
@@ -87,7 +87,7 @@ class RandomCells:
 
     def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
         t, h, w = shape
-        return rearrange(ops.uniform(key, t * h * w), "b (t h w) -> b t h w", t=t, h=h)
+        return rearrange(_highest(ops.uniform(key, t * h * w), self.ratio), "b (t h w) -> b t h w", t=t, h=h)
 
 
 class Tubes:
@@ -98,7 +98,7 @@ class Tubes:
 
     def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
         t, h, w = shape
-        return repeat(ops.uniform(key, h * w), "b (h w) -> b t h w", t=t, h=h)
+        return repeat(_highest(ops.uniform(key, h * w), self.ratio), "b (h w) -> b t h w", t=t, h=h)
 
 
 class Blocks:
@@ -109,6 +109,8 @@ class Blocks:
     """
 
     def __init__(self, *, ratio: float, num_boxes: int = 16) -> None:
+        if num_boxes < 1:
+            raise ValueError(f"num_boxes={num_boxes} must be at least 1.")
         self.ratio, self.num_boxes = _check_share("ratio", ratio), num_boxes
 
     def __call__(self, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -116,8 +118,9 @@ class Blocks:
         boxes = inside[0][:, :, :, None, None] & inside[1][:, :, None, :, None] & inside[2][:, :, None, None, :]
         order = torch.arange(self.num_boxes, 0, -1, device=key.device)  # the first box counts most
         rank = (boxes * order[None, :, None, None, None]).amax(1)  # [B, T, H, W]
-        jitter = RandomCells(ratio=self.ratio)(ops.fold(key, 9), shape)  # breaks ties inside a box
-        return (rank + jitter) / (self.num_boxes + 1)
+        rank = rearrange(rank, "b t h w -> b (t h w)")
+        jitter = ops.uniform(ops.fold(key, 9), rank.shape[1])  # breaks ties inside a box
+        return rearrange(_highest(rank + jitter, self.ratio), "b (t h w) -> b t h w", t=shape[0], h=shape[1])
 
     def _spans(self, key: Tensor, length: int) -> Tensor:
         draws = rearrange(ops.uniform(key, 2 * self.num_boxes), "b (n two) -> b n two", two=2)
@@ -144,15 +147,9 @@ class MaskPatches:
     def __call__(self, frames: Tensor, frame_mask: Tensor, key: Tensor) -> tuple[Tensor]:
         """Return (hidden,): [B, T', H', W'] bool, True = hidden; never a cell of a padding frame."""
         num_frames, height, width = frames.shape[1:4]
-        steps = -(-num_frames // self.tubelet_size)
-        shape = (steps, height // self.patch_size, width // self.patch_size)
-        scores = self.pattern(key, shape)  # [B, T', H', W']
-        cells = scores[0].numel()
-        counts = torch.full((len(frames),), max(1, round(self.pattern.ratio * cells)), device=frames.device)
-        hidden = rearrange(
-            ops.choose(rearrange(scores, "b t h w -> b (t h w)"), counts), "b (t h w) -> b t h w", t=steps, h=shape[1]
-        )
-        real = frame_mask[:, :: self.tubelet_size]  # [B, T']
+        frame_mask = F.pad(frame_mask, (0, -num_frames % self.tubelet_size))
+        real = rearrange(frame_mask, "b (t u) -> b t u", u=self.tubelet_size).any(-1)  # [B, T'], as the encoders do
+        hidden = self.pattern(key, (real.shape[1], height // self.patch_size, width // self.patch_size))
         return (hidden & real[:, :, None, None],)
 
 
@@ -204,6 +201,12 @@ def _units_present(units: Tensor) -> Tensor:
     """Return [B, L] bool: does unit number j occur in the row of `units` [B, L] (-1 = none)?"""
     numbers = torch.arange(units.shape[1], device=units.device)
     return (units[:, :, None] == numbers).any(1)
+
+
+def _highest(scores: Tensor, ratio: float) -> Tensor:
+    """Return [B, N] bool, True at the share `ratio` of scores [B, N] that is highest: at least one, as many in each row."""
+    count = max(1, round(ratio * scores.shape[1]))
+    return ops.choose(scores, torch.full(scores.shape[:1], count, device=scores.device))
 
 
 def _similarity(rows: Tensor, columns: Tensor, logit_scale: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class Info(NamedTuple):
     count: int
     damage: str  # the first broken rule of a shard indexed with on_damage="keep", else ""
     num_ignored: int  # members that are no part of a sample
+    ignored_example: str  # the name of the first of them
     words: tuple[str, ...]  # what the columns codec and extension number
 
 

@@ -6,6 +6,7 @@ all other decoders shut.
 """
 
 import io
+import re
 from typing import NoReturn
 
 import av
@@ -22,7 +23,7 @@ _MP4_BOXES = frozenset({b"ftyp", b"styp", b"moov", b"mdat", b"free", b"skip", b"
 
 
 def container_format(data: bytes) -> str | None:
-    """Return the FFmpeg demuxer for these bytes ("mp4", "matroska", "avi", "mpegts" or one of IMAGES), None if unknown."""
+    """Return FFmpeg's demuxer for these bytes: "mp4", "matroska", "avi", "mpegts" or one of IMAGES; None if unknown."""
     if data[4:8] in _MP4_BOXES:
         return "mp4"
     if data[:4] == b"\x1a\x45\xdf\xa3":
@@ -60,6 +61,23 @@ def open_container(data: bytes, container: str, *, decode_to_probe: bool, max_pi
 
 def _refuse(*args: object) -> NoReturn:
     raise PermissionError("a video may not open other files")
+
+
+def has_cuts(data: bytes) -> bool:
+    """Tell whether a track of an mp4 is cut together from parts of itself: several edits, a first pause not counted."""
+    at = 0
+    while at + 8 <= len(data) and data[at + 4 : at + 8] != b"moov":
+        size = int.from_bytes(data[at : at + 4])
+        size = int.from_bytes(data[at + 8 : at + 16]) if size == 1 else size or len(data)
+        at += max(size, 8)
+    header = data[at : at + int.from_bytes(data[at : at + 4])]
+    for found in re.finditer(b"elst", header):
+        table = header[found.end() :]
+        start = 16 if table[:1] == b"\x01" else 12  # of the time of the first edit, 8 or 4 bytes; -1 is a pause
+        pause = table[start : start + 4] == b"\xff\xff\xff\xff"
+        if int.from_bytes(table[4:8]) - pause > 1:
+            return True
+    return False
 
 
 def first_video(container: InputContainer) -> VideoStream | None:

@@ -19,7 +19,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from vlp.data import gop
-from vlp.data.container import CODECS, IMAGES, codec_name, container_format, first_video, open_container
+from vlp.data.container import CODECS, codec_name, container_format, first_video, has_cuts, open_container
 from vlp.data.probe import LIMITS
 from vlp.types import Reason
 
@@ -59,7 +59,7 @@ def decode(
     Frames are scaled so that the shorter side has `short_side` pixels (None: the coded size; pixels count as square)
     and turned as the display matrix says. `key_frames` (int64 [K], PTS of the key packets in the stream's time base) is
     the table of the shard index: with it only the needed GOPs are read. Only the first video stream is read, with one
-    thread. The result is bit-identical to that of a full decode.
+    thread. Unless the file is damaged, the result is bit-identical to that of a full decode.
 
     Raises: DecodeError. ValueError if `times_s` or `short_side` make no sense.
     """
@@ -70,6 +70,8 @@ def decode(
         raise ValueError(f"short_side={short_side} must be at least 1, or None to keep the coded size.")
     if not data:
         raise DecodeError(Reason.VIDEO_EMPTY)
+    if len(data) > LIMITS.max_bytes:
+        raise DecodeError(Reason.LIMIT_EXCEEDED, f"{len(data)} bytes; at most {LIMITS.max_bytes} are allowed")
     kind = container_format(data)
     if kind is None:
         raise DecodeError(Reason.VIDEO_BROKEN, f"unknown container, the first bytes are {data[:12].hex(' ')}")
@@ -77,17 +79,19 @@ def decode(
         return _decode(data, times_s, kind=kind, short_side=short_side, key_frames=key_frames)
     except (FFmpegError, OverflowError) as error:  # absurd time bases overflow
         raise DecodeError(Reason.VIDEO_BROKEN, str(error)) from error
-    except gop.Missing as error:
+    except gop.TruncatedError as error:
         raise DecodeError(Reason.VIDEO_TRUNCATED, f"no frame for {times_s.max():.3f} s") from error
 
 
 def _decode(
     data: bytes, times_s: np.ndarray, *, kind: str, short_side: int | None, key_frames: np.ndarray | None
 ) -> Decoded:
-    for table in [None] if key_frames is None else [key_frames, None]:
+    # Where parts are shown in another order, a key frame may have several times: the table cannot tell where to go.
+    tables = [None] if key_frames is None or (kind == "mp4" and has_cuts(data)) else [key_frames, None]
+    for table in tables:
         try:
             return _decode_by_plan(data, times_s, kind=kind, short_side=short_side, key_frames=table)
-        except (gop.NoPlan, FFmpegError):
+        except (gop.NoPlanError, FFmpegError):
             continue  # the table is wrong: without it; no plan can be made: everything
     return _decode_all(data, times_s, kind=kind, short_side=short_side)
 
@@ -96,7 +100,7 @@ def _decode_by_plan(
     data: bytes, times_s: np.ndarray, *, kind: str, short_side: int | None, key_frames: np.ndarray | None
 ) -> Decoded:
     if kind in gop.UNTIMED:
-        raise gop.NoPlan
+        raise gop.NoPlanError
     # Only MPEG-TS needs decoding before it tells its timestamps.
     with _opened(data, kind, decode_to_probe=kind == "mpegts") as source:
         first, start = gop.head(source)
@@ -105,7 +109,7 @@ def _decode_by_plan(
         scale = _Scale(source, short_side)
         images = {pts: image for run in plan.runs for pts, image in _decode_run(source, run, scale)}
         if len(images) < sum(len(run.wanted) for run in plan.runs):
-            raise gop.NoPlan
+            raise gop.NoPlanError
         return _decoded(_Images(plan.pts, images), inverse, source, start=start)
 
 
@@ -118,11 +122,13 @@ def _decode_run(source: gop.Source, run: gop.Run, scale: "_Scale") -> Iterator[t
         if packet is not None:
             context.skip_frame = "DEFAULT" if packet is key or packet.pts in run.wanted else droppable
         for frame in context.decode(packet):
-            # Files with a rolling intra refresh have key frames which are not: frames after them come out damaged.
-            entered = entered or (frame.pts == key.pts and frame.pict_type == PictureType.I)
+            if frame.pts is None or frame.pts < run.key:
+                continue  # leading pictures of an open GOP refer to the one before and are not wanted here
+            # With a rolling intra refresh, packets marked as key are not: what follows them comes out damaged.
+            entered = entered or (frame.pts == run.key and frame.pict_type == PictureType.I)
             # What conceals damage may depend on frames outside the run.
             if not entered or frame.is_corrupt:
-                raise gop.NoPlan
+                raise gop.NoPlanError
             if frame.pts in run.wanted:
                 yield frame.pts, scale(frame)
 
@@ -218,8 +224,7 @@ def _opened(data: bytes, kind: str, *, decode_to_probe: bool) -> Iterator[gop.So
         if codec_name(stream) not in CODECS:
             raise DecodeError(Reason.CODEC_REFUSED, f"{codec_name(stream)} is none of {', '.join(sorted(CODECS))}")
         context = stream.codec_context
-        if context.width * context.height > LIMITS.max_pixels:
-            raise DecodeError(Reason.LIMIT_EXCEEDED, f"{context.width} x {context.height} pixels, at most {LIMITS.max_pixels}")
+        _check_size(context.width, context.height)
         context.thread_count, context.thread_type = 1, "NONE"  # threads lose: one decoder a worker keeps a core busy
         # The header may lie about the size: the decoder holds to the limit too. "strict" makes H.264 wait for reordered
         # frames where the stream does not tell how many, instead of losing the first ones.
@@ -245,9 +250,14 @@ class _Scale:
     def _size(self, width: int, height: int) -> tuple[int, int]:
         ratio = self.short_side / min(width, height) if self.short_side else 1
         size = round(width * ratio), round(height * ratio)
-        if size[0] * size[1] > LIMITS.max_pixels:
-            raise DecodeError(Reason.LIMIT_EXCEEDED, f"{width} x {height} scaled to {size[0]} x {size[1]} pixels")
+        _check_size(*size)  # a long thin picture grows when its short side does
         return size
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > LIMITS.max_pixels:
+        detail = f"{width} x {height} pixels; at most {LIMITS.max_pixels} are allowed"
+        raise DecodeError(Reason.LIMIT_EXCEEDED, detail)
 
 
 def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:

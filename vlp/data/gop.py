@@ -23,11 +23,11 @@ UNTIMED = frozenset({"avi"})  # stores no PTS, and what FFmpeg puts there is wro
 SEEKABLE = frozenset({"mp4", "matroska"})  # their seek lands on the key frame asked for; that is checked all the same
 
 
-class NoPlan(Exception):
+class NoPlanError(Exception):
     """The packets do not tell what is displayed when; only decoding everything can."""
 
 
-class Missing(Exception):
+class TruncatedError(Exception):
     """The file ends before a wanted frame."""
 
 
@@ -43,6 +43,7 @@ class Run(NamedTuple):
     """What is decoded in one go."""
 
     packets: list[Packet]  # in decoding order, from a key frame to the last wanted one
+    key: int  # PTS of that key frame
     wanted: set[int]  # PTS
 
 
@@ -52,28 +53,28 @@ class Plan(NamedTuple):
 
 
 def head(source: Source) -> tuple[list[Packet], int]:
-    """Read the first packets of the file; return them and the PTS of the first displayed frame. Raises: NoPlan."""
+    """Read the first packets of the file; return them and the PTS of the first displayed frame. Raises: NoPlanError."""
     packets = list(_until(demux(source), None, kind=source.kind))
-    shown = [packet.pts for packet in packets if not packet.is_discard]
+    shown = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]
     # In a file cut at random, frames before and around its first key frame do not decode, and time starts at that.
-    if not shown or not packets[0].is_keyframe or min(shown) < packets[0].pts:
-        raise NoPlan
+    if not shown or not packets[0].is_keyframe or min(shown) < (packets[0].pts or 0):
+        raise NoPlanError
     return packets, min(shown)
 
 
 def plan(source: Source, first: list[Packet], targets: np.ndarray, *, key_frames: np.ndarray | None) -> Plan:
     """Choose the frames displayed at `targets` (sorted ticks [T]) and the packets that they need.
 
-    `first` are the packets of `head`; nothing else has been read yet. `key_frames` (PTS of key packets, ticks [K]) saves
-    reading the whole file where the container can seek.
-    Raises: NoPlan, also for a table that does not fit the file; Missing.
+    `first` are the packets of `head`; nothing else has been read yet. `key_frames` (PTS of key packets, ticks [K])
+    saves reading the whole file where the container can seek.
+    Raises: NoPlanError, also for a table that does not fit the file; TruncatedError.
     """
     if key_frames is None or source.kind not in SEEKABLE:
-        chosen = _choose([*first, *demux(source)], targets)
+        chosen = _choose([*first, *demux(source)], targets, kind=source.kind)
     else:
         chosen = _choose_by_table(source, first, targets, key_frames=np.unique(key_frames))
     if targets[-1] >= _first_lost(source):
-        raise Missing
+        raise TruncatedError
     return chosen
 
 
@@ -90,48 +91,57 @@ def _choose_by_table(source: Source, first: list[Packet], targets: np.ndarray, *
             source.container.seek(int(key_frames[gop]), stream=source.stream)
         taken = list(_until(packets, int(inside[-1]), kind=source.kind))
         if gop >= 0 and not (taken and taken[0].is_keyframe and taken[0].pts == key_frames[gop]):
-            raise NoPlan
-        parts.append(_choose(taken, inside))
+            raise NoPlanError
+        parts.append(_choose(taken, inside, kind=source.kind))
     return Plan(np.concatenate([part.pts for part in parts]), [run for part in parts for run in part.runs])
 
 
-def _choose(packets: list[Packet], targets: np.ndarray) -> Plan:
+def _choose(packets: list[Packet], targets: np.ndarray, *, kind: str) -> Plan:
+    stamps = [packet.pts for packet in packets if packet.pts is not None]
     shown = np.array([i for i, packet in enumerate(packets) if not packet.is_discard])
-    if not len(shown) or any(packet.pts is None for packet in packets):
-        raise NoPlan
-    pts = np.array([packets[i].pts for i in shown])
-    order = np.argsort(pts, kind="stable")
+    if len(stamps) < len(packets) or not len(shown) or (kind == "mp4" and _runs_back(packets)):
+        raise NoPlanError
+    pts = np.array(stamps)
+    order = shown[np.argsort(pts[shown], kind="stable")]  # positions in decoding order, sorted by display
     if (np.diff(pts[order]) == 0).any():
-        raise NoPlan
+        raise NoPlanError
     rank = np.searchsorted(pts[order], targets, side="right") - 1
-    frames = shown[order[rank.clip(min=0)]]  # [T], position in decoding order
-    entries = np.array([_entry(packets, frame) for frame in frames])
+    frames = order[rank.clip(min=0)]  # [T]
+    keys = np.array([i for i, packet in enumerate(packets) if packet.is_keyframe])
+    entries = np.array([_entry(keys, pts, frame) for frame in frames])  # [T]
     runs = []
     for entry in np.unique(entries):
         inside = frames[entries == entry]
-        runs.append(Run(packets[entry : inside.max() + 1], {packets[i].pts for i in inside}))
-    return Plan(np.array([packets[i].pts for i in frames]), runs)
+        runs.append(Run(packets[entry : inside.max() + 1], int(pts[entry]), set(pts[inside].tolist())))
+    return Plan(pts[frames], runs)
 
 
-def _entry(packets: list[Packet], frame: int) -> int:
-    for i in range(frame, -1, -1):
-        # A key frame that is displayed after the frame is the one that the frame leads: it refers to the GOP before.
-        if packets[i].is_keyframe and packets[i].pts <= packets[frame].pts:
-            return i
-    return 0
+def _runs_back(packets: list[Packet]) -> bool:
+    """Tell whether an mp4 is cut together from parts of itself, in any order: then its DTS do not grow."""
+    stamps = [packet.dts for packet in packets if packet.dts is not None]
+    return bool((np.diff(stamps) < 0).any())
+
+
+def _entry(keys: np.ndarray, pts: np.ndarray, frame: int) -> int:
+    # A key frame that is displayed after the frame is the one that the frame leads: it refers to the GOP before.
+    before = keys[(keys <= frame) & (pts[keys] <= pts[frame])] if len(keys) else keys
+    return int(before[-1]) if len(before) else 0
 
 
 def demux(source: Source) -> Iterator[Packet]:
     """Yield the packets from where the file stands."""
-    return (packet for packet in source.container.demux(source.stream) if packet.size)
+    try:
+        yield from (packet for packet in source.container.demux(source.stream) if packet.size)
+    except IndexError:
+        return  # PyAV, at the end of a damaged MPEG-TS file where streams have appeared that it does not know
 
 
 def _until(packets: Iterable[Packet], target: int | None, *, kind: str) -> Iterator[Packet]:
-    """Yield packets until none that follows can be displayed at or before `target` (None: the first displayed frame)."""
+    """Yield packets until no later one is displayed at or before `target` (None: the first displayed frame)."""
     limit, num_later = target, 0
     for packet in packets:
         if packet.pts is None:
-            raise NoPlan
+            raise NoPlanError
         yield packet
         if target is None and not packet.is_discard:
             limit = packet.pts if limit is None else min(limit, packet.pts)
@@ -144,7 +154,7 @@ def _until(packets: Iterable[Packet], target: int | None, *, kind: str) -> Itera
 
 
 def _first_lost(source: Source) -> float:
-    """Return the DTS of the first packet that an mp4 promises and does not hold, because it was cut short; else infinity."""
+    """Return the DTS of the first packet that an mp4 lists but, cut short, does not hold; infinity if it is whole."""
     entries, size = source.stream.index_entries, source.container.size
     if source.kind != "mp4" or not len(entries) or entries[-1].pos + entries[-1].size <= size:
         return np.inf

@@ -107,20 +107,20 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: str, *, shard: str | None = None) -> "ShardIndex":
-        """Map an index; `shard` is the URL of its shard, by default the one beside it.
+        """Map an index, which takes a descriptor until it is dropped; its shard is `shard`, by default the one beside it.
 
         Raises:
             IndexFileError: the file is missing, damaged, of another version, or points outside its shard.
         """
+        shard = shard or os.path.splitext(path)[0] + ".tar"
         try:
             with open(path, "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             info, columns = parse(memoryview(data))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            shard = shard or os.path.splitext(path)[0] + ".tar"
             raise IndexFileError(f"{path}: {reason}; run: python -m vlp.data.index --force {shard}") from error
-        return cls(shard or os.path.join(os.path.dirname(path), info.shard), info, columns)
+        return cls(shard, info, columns)
 
 
 def index_url(shard: str) -> str:
@@ -224,8 +224,8 @@ def build_index(
     stream.seek(stream.size)
     columns, words = rows.pack()
     digest, name = stream.sha256.hexdigest(), os.path.basename(shard)
-    info = Info(name, stream.size, digest, len(rows.rows), damage, rows.num_ignored, tuple(words))
-    return ShardIndex(shard, info, columns)
+    ignored = (rows.num_ignored, rows.ignored_example)
+    return ShardIndex(shard, Info(name, stream.size, digest, len(rows.rows), damage, *ignored, tuple(words)), columns)
 
 
 def check_shard(shard: str) -> list[str]:
@@ -314,9 +314,10 @@ def _summary(index: ShardIndex) -> str:
     counts = index.counts()
     words = [f"{len(index)} samples", f"{counts.pop(Reason.OK, 0)} usable"]
     words += [f"{count} {reason.name.lower()}" for reason, count in counts.items()]
-    words += [f"{index.info.num_ignored} other members"] if index.info.num_ignored else []
-    words += [f"{index.info.size / 1e6:.1f} MB"]
-    words += [f"damaged at {index.info.damage}"] if index.info.damage else []
+    info = index.info
+    words += [f"{info.num_ignored} other members, such as {info.ignored_example!r}"] if info.num_ignored else []
+    words += [f"{info.size / 1e6:.1f} MB"]
+    words += [f"damaged at {info.damage}"] if info.damage else []
     return ", ".join(words)
 
 

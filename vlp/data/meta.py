@@ -66,9 +66,13 @@ def parse_record(record: bytes) -> dict[str, Any]:
     """
     text = _decode(record, MAX_JSON, "json")
     try:
-        meta = json.loads(text, parse_constant=lambda name: None)
+        return check_record(json.loads(text, parse_constant=lambda name: None))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
         raise _broken(f"json: {error}") from error
+
+
+def check_record(meta: object) -> dict[str, Any]:
+    """Return a copy of an object read from JSON with "captions" as `parse_record` promises; raises MetaError."""
     if not isinstance(meta, dict):
         raise _broken(f"json: an object is wanted, not {_kind(meta)}")
     single = meta.get("caption")
@@ -76,13 +80,11 @@ def parse_record(record: bytes) -> dict[str, Any]:
     if not isinstance(captions, list):
         raise _broken(f"json: captions must be a list of texts, not {_kind(captions)}")
     stripped = [_caption(caption, "json: a caption") for caption in captions]
-    meta["captions"] = [caption for caption in stripped if caption]
     for name, check in _FIELDS.items():
         if meta.get(name) is not None:
             check(meta[name], f"json: {name}")
-        else:
-            meta.pop(name, None)
-    return meta
+    known = {name: value for name, value in meta.items() if value is not None or name not in _FIELDS}
+    return known | {"captions": [caption for caption in stripped if caption]}
 
 
 def _broken(detail: str) -> MetaError:
@@ -147,10 +149,14 @@ def _check_choices(value: object, what: str) -> None:
 def _check_events(value: object, what: str) -> None:
     for item in _objects(value, what):
         _check_text(item.get("text"), f"{what}: text")
-        start_s, end_s = item.get("start_s"), item.get("end_s")
-        numbers = type(start_s) in (int, float) and type(end_s) in (int, float)  # a bool is no time
-        if not numbers or not -math.inf < float(start_s) <= float(end_s) < math.inf:
+        start_s, end_s = (_seconds(item.get(name)) for name in ("start_s", "end_s"))
+        if start_s is None or end_s is None or start_s > end_s:
             raise _broken(f"{what}: start_s and end_s must be seconds in this order")
+
+
+def _seconds(value: object) -> float | None:
+    """Return a finite number as it is, None for anything else; a bool is no time."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf else None
 
 
 _FIELDS = {

@@ -1,8 +1,8 @@
 """Facts of a video or a still image, read from its container; what is broken, refused or too large says why.
 
-Untrusted bytes are opened by `vlp.data.container`: forced container, no other file, no audio or subtitle decoder. Before
-that, tables that would make FFmpeg allocate without bound are refused. Every packet is demuxed and one frame is decoded,
-so that OK means that a picture comes out.
+Untrusted bytes are opened by `vlp.data.container`: forced container, no other file, no audio or subtitle decoder.
+Before that, tables that would make FFmpeg allocate without bound are refused. Every packet is demuxed and one frame is
+decoded, so that OK means that a picture comes out.
 """
 
 import struct
@@ -85,7 +85,7 @@ def probe(data: bytes, limits: Limits = LIMITS) -> VideoFacts:
     cut = f"; {missing} bytes are missing at the end" if missing > 0 else ""
     decode_to_probe = kind not in _HEADER_TELLS
     try:
-        container = open_container(data, kind, decode_to_probe=decode_to_probe, max_pixels=limits.max_pixels)
+        container = open_container(data, kind, decode_to_probe=decode_to_probe, max_pixels=_decoder_pixels(limits))
     except (FFmpegError, OverflowError) as error:
         detail = f"the {kind} container cannot be read: {_words(error)}{cut}"
         raise ProbeError(Reason.VIDEO_BROKEN, detail) from error
@@ -95,6 +95,11 @@ def probe(data: bytes, limits: Limits = LIMITS) -> VideoFacts:
         if missing > 0:
             raise ProbeError(Reason.VIDEO_TRUNCATED, cut.removeprefix("; "))
         return _facts(stream, packets, frame=frame, kind=kind, limits=limits)
+
+
+def _decoder_pixels(limits: Limits) -> int:
+    """Return the limit for decoders, which count the padding of a frame too; what they let through is checked after."""
+    return 2 * limits.max_pixels + (1 << 16)
 
 
 def _words(error: Exception) -> str:
@@ -112,7 +117,7 @@ def _pick(container: InputContainer, limits: Limits) -> VideoStream:
         raise ProbeError(Reason.CODEC_REFUSED, f"codec {codec or 'unknown'}; allowed are {allowed}")
     context = stream.codec_context
     _check_limit(context.width * context.height, limits.max_pixels, f"pixels ({context.width} x {context.height})")
-    context.options = {"max_pixels": str(limits.max_pixels)}
+    context.options = {"max_pixels": str(_decoder_pixels(limits))}
     context.thread_count = 1
     return stream
 
@@ -270,6 +275,7 @@ def _ebml_size(data: bytes, at: int) -> tuple[int | None, int]:
 
 
 def _facts(stream: VideoStream, packets: np.ndarray, *, frame: VideoFrame, kind: str, limits: Limits) -> VideoFacts:
+    _check_limit(frame.width * frame.height, limits.max_pixels, f"pixels ({frame.width} x {frame.height})")
     num_frames, start_s, duration_s = 1, 0.0, 0.0
     if kind not in IMAGES:
         # MPEG-TS does not say how long a frame is displayed; FFmpeg guesses.

@@ -1,7 +1,8 @@
 """When to look: times of frames, in seconds from the first displayed frame, sorted, each with a frame to show.
 
 All take what the index knows of a video (`duration_s`, 0 for a still image, and `fps`, its average rate) and a
-generator; without one the choice is the centred one, for tests. A still image is looked at at time 0, as often as asked.
+generator; without one the choice is the centred one, for tests. A still image is looked at, at time 0, as often as
+is asked.
 
 T times.
 """
@@ -84,4 +85,6 @@ def _shown(times_s: np.ndarray, duration_s: float, fps: float) -> np.ndarray:
 
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < np.inf:
-        raise ValueError(f"{name}={value} must be positive and finite; change it in the sampling section of the config.")
+        raise ValueError(
+            f"{name}={value} must be positive and finite; change it where the config chooses the sampling."
+        )

@@ -44,6 +44,8 @@ _ALONE = (*_SHARED, "clockwise", "anticlockwise")  # a full turn needs the whole
 _BRIEF = ("appear", "vanish", "turn")
 _BRIEF_SHARE = 0.14  # of the clip: 0.37 s
 _STORIES = (("alone", 0.18), ("twice", 0.27), ("in_turn", 0.30), ("beside", 0.25))
+_GAP = 0.015  # at least, between objects and to the edge
+_NUM_CANDIDATES = 64
 _GRID = np.linspace(0, 1, 33)  # moments, as fractions of the clip, at which two objects must not touch
 
 
@@ -206,7 +208,7 @@ def _in_time(scene: Scene, rng: np.random.Generator) -> Scene:
             start = rng.uniform(left, right - _BRIEF_SHARE)
             end = start + _BRIEF_SHARE
         start, end = (0.0 if event.kind == "wait" else start), (1.0 if event.kind == "stop" else end)
-        reach = rng.uniform(0.11, 0.13) if "clockwise" in event.kind else rng.uniform(0.22, 0.27)
+        reach = rng.uniform(0.12, 0.14) if "clockwise" in event.kind else rng.uniform(0.22, 0.27)
         spans = {"start_s": start * scene.duration_s, "end_s": end * scene.duration_s}
         events.append(event._replace(reach=reach, phase=rng.uniform(0, 2 * np.pi), **spans))
     return scene._replace(events=tuple(events))
@@ -218,18 +220,18 @@ def _place(scene: Scene, rng: np.random.Generator) -> Scene:
     ways = [_way(scene, number, times) for number in range(len(scene.objects))]  # [2, T] each
     radii = [_radius(scene, number, times) for number in range(len(scene.objects))]  # [T] each
     while True:
-        places = []
+        places = []  # [C, 2] each: C candidates at once, because with two large objects most are refused
         for way, radius in zip(ways, radii, strict=True):
-            margin = KEEP_OUT * radius.max() + 0.015
-            places.append(rng.uniform(margin - way.min(1), 1 - margin - way.max(1)))  # [2]
-        gaps = [
-            np.hypot(*(ways[0] + places[0][:, None] - ways[number] - places[number][:, None]))
-            - KEEP_OUT * (radii[0] + radii[number])
-            for number in range(1, len(places))
-        ]
-        if all(gap.min() > 0.015 for gap in gaps):
+            margin = KEEP_OUT * radius.max() + _GAP
+            places.append(rng.uniform(margin - way.min(1), 1 - margin - way.max(1), (_NUM_CANDIDATES, 2)))
+        apart = np.ones(_NUM_CANDIDATES, dtype=bool)
+        if len(places) > 1:
+            between = ways[0] - ways[1] + (places[0] - places[1])[..., None]  # [C, 2, T]
+            apart = (np.hypot(between[:, 0], between[:, 1]) > KEEP_OUT * (radii[0] + radii[1]) + _GAP).all(1)
+        if apart.any():
             break
-    objects = (one._replace(x=float(x), y=float(y)) for one, (x, y) in zip(scene.objects, places, strict=True))
+    chosen = [place[apart.argmax()] for place in places]
+    objects = (one._replace(x=float(x), y=float(y)) for one, (x, y) in zip(scene.objects, chosen, strict=True))
     return scene._replace(objects=tuple(objects))
 
 

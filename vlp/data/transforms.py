@@ -125,8 +125,8 @@ class ColorJitter:
         brightness, contrast, saturation = 1 + draw[:3]
         matrix = _saturation(saturation) @ _hue(draw[3])  # [C, C], leaves grey as it is
         colors = frames.astype(np.float32)
-        # Contrast pulls towards the mean grey of the clip, which brightness has already changed. numpy's mean takes longer
-        # than all the rest.
+        # Contrast pulls towards the mean grey of the clip, which brightness has already changed. By torch: numpy's mean
+        # takes longer than all the rest.
         mean = brightness * float(torch.from_numpy(colors).mean((0, 1, 2)).numpy() @ _GREY)
         colors = colors @ (brightness * contrast * matrix.T).astype(np.float32)
         colors += np.float32((1 - contrast) * mean + 0.5)  # + 0.5: the cast cuts off, this rounds
@@ -137,8 +137,8 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize uint8 [T, H, W, 3] with a bilinear filter that covers what a pixel covers (antialias)."""
     if frames.shape[1:3] == (height, width):
         return np.ascontiguousarray(frames)
-    # 8 frames 120 x 153 -> 112 x 112, one thread: 0.22 ms this way, 0.25 by torchvision (the same kernel), 1.1 by Pillow
-    # (one level apart), 0.7 with the colours first. The axes below are the memory order that the fast kernel wants.
+    # 8 frames 120 x 153 -> 112 x 112, one thread: 0.22 ms this way, 0.25 by torchvision (the same kernel), 1.1 by
+    # Pillow (one level apart), 0.7 with a copy to colours first: the fast kernel wants them last in memory.
     video = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w")
     video = torch.nn.functional.interpolate(video, (height, width), mode="bilinear", antialias=True)
     return np.ascontiguousarray(rearrange(video, "t c h w -> t h w c").numpy())

@@ -1,8 +1,12 @@
 """Worker processes that work on jobs and return the results in order, whatever a decoder does to them.
 
 A job is an integer, its result a pure function of it. So a worker that is killed or hangs is replaced and its jobs are
-given again: the stream of results does not change. Nobody shares a lock or a queue, so a kill cannot block the others.
-A sample that takes its worker down twice is left out of its job, by reason.
+given again: the stream of results does not change. A sample that takes its worker down twice is left out of its job.
+
+    trainer --job--> pipe --> worker, result to a slot of shared memory --its place--> pipe --> trainer, a copy of it
+
+Every worker has its own pipe and memory, made once by the trainer. No lock, queue or handle is shared, and what travels
+back is one small write: a worker that stops at any instruction blocks nobody.
 
 torch's DataLoader is not used: a dead worker raises out of a signal handler at any line of the trainer, a hung one
 blocks without end, and both end the run.
@@ -10,6 +14,7 @@ blocks without end, and both end the run.
 
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -17,15 +22,14 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-import torch.multiprocessing  # teaches pickle to pass tensors in shared memory by their handle
+from torch import Tensor
 
 from vlp.types import Reason
 
@@ -36,6 +40,8 @@ _SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
 )  # sent to every process of a job: the trainer decides, not we
+_SMALL_BYTES = 1 << 20  # of a slot, for the tensors of a result that the work did not write there itself
+_ALIGN = 64
 _START_FACTOR = 10  # a process that imports its modules may take this many times longer than a sample
 
 
@@ -47,26 +53,36 @@ class Workers(NamedTuple):
     stall_s: float = 30.0  # a worker that begins no sample for so long hangs
     max_restarts: int = 5  # within an hour; restarts that one sample explains are not counted
     start_method: str | None = None  # "fork" or "spawn"; None = the default of the platform
+    pin_memory: bool = False  # copy large tensors into page-locked memory, from where a GPU takes them faster
 
 
-class Job(Protocol):
-    """What a worker does. It calls `begin(slot)` before each sample and leaves out the slots in `skip`, by reason."""
+class Work(Protocol):
+    """What is done with a job; the result may hold tensors inside tuples.
 
-    def __call__(self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason]) -> Any: ...
+    It calls `begin(number)` before each sample, leaves out the samples in `skip`, by reason, and may put one tensor of
+    at most `buffer_bytes` into `buffer` (uint8, at its beginning), to save a copy.
+    """
+
+    buffer_bytes: int
+
+    def __call__(
+        self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor
+    ) -> Any: ...
 
 
 class WorkerError(RuntimeError):
-    """Workers died or hung too often."""
+    """Workers died or hung too often; or the cause, in a worker, of an error raised here."""
 
 
-def ordered(work: Job, jobs: Iterable[int], workers: Workers) -> Iterator[Any]:
+def ordered(work: Work, jobs: Iterable[int], workers: Workers) -> Generator[Any, None, None]:
     """Yield `work(job)` for each job, in order. Close the generator, or exhaust it, to end the processes.
 
     Raises WorkerError after more than `max_restarts` unexplained restarts in an hour, and whatever `work` raises.
     """
     if workers.num_workers == 0:
         for job in jobs:
-            yield work(job, begin=lambda slot: None, skip={})
+            buffer = torch.empty(work.buffer_bytes, dtype=torch.uint8)
+            yield work(job, begin=lambda number: None, skip={}, buffer=buffer)
         return
     pool = _Pool(work, workers)
     try:
@@ -75,7 +91,7 @@ def ordered(work: Job, jobs: Iterable[int], workers: Workers) -> Iterator[Any]:
         pool.close()
 
 
-class _Lost(Exception):
+class _LostError(Exception):
     """A worker is gone (DECODE_CRASH) or hangs (DECODE_TIMEOUT)."""
 
     def __init__(self, reason: Reason, how: str) -> None:
@@ -88,58 +104,84 @@ class _Failed(NamedTuple):
 
     kind: type[Exception]
     message: str
+    traceback: str
+
+
+class _Placed(NamedTuple):
+    """Where a tensor of the result lies in the slot."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Task(NamedTuple):
+    job: int
+    slot: int  # of the worker's memory; free again when the result has been taken
 
 
 class _Worker:
-    """One process, its pipe, and the jobs whose results have not been taken yet."""
+    """One process, its pipe and memory, and the tasks whose results have not been taken yet."""
 
-    def __init__(self, work: Job, workers: Workers) -> None:
-        self._work, self._stall_s = work, workers.stall_s
+    def __init__(self, work: Work, workers: Workers) -> None:
+        self._work, self._settings = work, workers
         self._context: Any = multiprocessing.get_context(workers.start_method)
-        self.pending: deque[int] = deque()
+        self._slot_bytes = -(-work.buffer_bytes // _ALIGN) * _ALIGN + _SMALL_BYTES
+        self._memory = self._context.RawArray("B", self._slot_bytes * workers.prefetch)
+        self._free = deque(range(workers.prefetch))
+        self.pending: deque[_Task] = deque()
         self.start({})
 
     def start(self, skips: Mapping[int, dict[int, Reason]]) -> None:
-        """Start the process and give it the pending jobs."""
-        # What the worker is at, without a lock: number of samples begun (0 = starting), job and slot of the last one.
+        """Start the process and give it the pending tasks."""
+        # What the worker is at: number of samples begun (0 = starting), job and number in it of the last one.
         self.beat = self._context.RawArray("q", [0, -1, -1])
         self._connection, theirs = self._context.Pipe()
-        arguments = (self._work, theirs, self.beat, os.getpid())
+        arguments = (self._work, theirs, self._memory, self._slot_bytes, self.beat, os.getpid())
         self._process = self._context.Process(target=_run, args=arguments, daemon=True)
         with _signals_held():
             self._process.start()
         theirs.close()  # the last copy here: a dead worker is seen as the end of the pipe
         # Runs before multiprocessing, at exit, waits for the processes that ignore its SIGTERM.
         self.kill = Finalize(self, _kill, args=(self._process, self._connection), exitpriority=1)
-        for job in self.pending:
-            self._send(job, skips)
+        for task in self.pending:
+            self._send(task, skips)
 
     def give(self, job: int, skips: Mapping[int, dict[int, Reason]]) -> None:
         """Add a job."""
-        self.pending.append(job)
-        self._send(job, skips)
+        self.pending.append(_Task(job, self._free.popleft()))
+        self._send(self.pending[-1], skips)
 
     def take(self) -> Any:
-        """Wait for the result of the oldest job. Raises _Lost."""
+        """Wait for the result of the oldest job and copy it. Raises _LostError."""
+        result = self._receive()
+        slot = self.pending.popleft().slot
+        memory = torch.frombuffer(self._memory, dtype=torch.uint8)[slot * self._slot_bytes :][: self._slot_bytes]
+        result = _map(result, _Placed, lambda placed: _copy(placed, memory, self._settings.pin_memory))
+        self._free.append(slot)
+        return result
+
+    def _receive(self) -> Any:
+        stall_s = self._settings.stall_s
         seen, since = self.beat[0], time.monotonic()
-        while not self._connection.poll(min(1.0, self._stall_s)):
+        while not self._connection.poll(min(1.0, stall_s)):
             if seen != self.beat[0]:
                 seen, since = self.beat[0], time.monotonic()
-            elif time.monotonic() - since > self._stall_s * (1 if seen else _START_FACTOR):
-                raise _Lost(Reason.DECODE_TIMEOUT, f"hung for {time.monotonic() - since:.0f} s")
+            elif time.monotonic() - since > stall_s * (1 if seen else _START_FACTOR):
+                raise _LostError(Reason.DECODE_TIMEOUT, f"hung for {time.monotonic() - since:.0f} s")
         try:
             return self._connection.recv()
-        except (EOFError, OSError) as error:  # also when it dies after sending a handle of shared memory
+        except (EOFError, OSError) as error:
             self._process.join(1)
-            raise _Lost(Reason.DECODE_CRASH, f"died (exit code {self._process.exitcode})") from error
+            raise _LostError(Reason.DECODE_CRASH, f"died (exit code {self._process.exitcode})") from error
 
-    def _send(self, job: int, skips: Mapping[int, dict[int, Reason]]) -> None:
+    def _send(self, task: _Task, skips: Mapping[int, dict[int, Reason]]) -> None:
         with suppress(ConnectionError):  # dead: the next `take` says so
-            self._connection.send((job, skips.get(job, {})))
+            self._connection.send((task, skips.get(task.job, {})))
 
 
 class _Pool:
-    def __init__(self, work: Job, workers: Workers) -> None:
+    def __init__(self, work: Work, workers: Workers) -> None:
         self._settings = workers
         self._skips: dict[int, dict[int, Reason]] = {}
         self._suspects: set[tuple[int, int]] = set()
@@ -165,56 +207,90 @@ class _Pool:
         while True:
             try:
                 result = worker.take()
-            except _Lost as lost:
+            except _LostError as lost:
                 self._restart(worker, lost)
                 continue
-            worker.pending.popleft()
             if isinstance(result, _Failed):
-                raise result.kind(result.message)
-            return _map(result, np.ndarray, torch.from_numpy)
+                raise result.kind(result.message) from WorkerError(f"in a loader worker:\n{result.traceback}")
+            return result
 
-    def _restart(self, worker: _Worker, lost: _Lost) -> None:
+    def _restart(self, worker: _Worker, lost: _LostError) -> None:
         worker.kill()
-        _, job, slot = worker.beat
+        _, job, number = worker.beat
         skip = self._skips.setdefault(job, {})
-        if (job, slot) in self._suspects and slot not in skip:
-            skip[slot] = lost.reason
+        if (job, number) in self._suspects and number not in skip:
+            skip[number] = lost.reason
             self._restarts.pop()  # the sample explains it, and the time before
         else:
             self._restarts.append(time.monotonic())
-        if slot >= 0:
-            self._suspects.add((job, slot))
+        if number >= 0:
+            self._suspects.add((job, number))
         recent = [at for at in self._restarts if time.monotonic() - at < 3600]
-        what = f"a loader worker {lost.how} at job {job}, sample {slot}"
+        what = f"a loader worker {lost.how} at job {job}, sample {number}"
         if len(recent) > self._settings.max_restarts:
             raise WorkerError(
-                f"{what}; {len(recent)} restarts within an hour, allowed are max_restarts={self._settings.max_restarts}: "
-                "look for a lack of memory or a full /dev/shm on this machine."
+                f"{what}; {len(recent)} restarts within an hour, allowed are "
+                f"max_restarts={self._settings.max_restarts}: look for a lack of memory on this machine."
             )
         log.warning("%s; its jobs are given to a new one%s", what, ", without that sample" * bool(skip))
         worker.start(self._skips)
 
 
-def _run(work: Job, connection: Connection, beat: Any, parent: int) -> None:
+def _run(work: Work, connection: Connection, memory: Any, slot_bytes: int, beat: Any, parent: int) -> None:
     """Work until killed: the main function of a worker."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)  # one process a core; a decoder and its threads would fight for it
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    while True:
-        job, skip = connection.recv()
+    slots = torch.frombuffer(memory, dtype=torch.uint8).split(slot_bytes)
+    with suppress(EOFError, ConnectionError):  # the trainer is gone
+        while True:
+            task, skip = connection.recv()
+            connection.send(_result(work, task, skip, slots[task.slot], beat))
 
-        def begin(slot: int, job: int = job) -> None:
-            beat[1], beat[2] = job, slot
-            beat[0] += 1
 
-        try:
-            result = _map(work(job, begin=begin, skip=skip), torch.Tensor, _unless_shared)
-        except ValueError as error:
-            result = _Failed(ValueError, str(error))
-        except Exception:  # raised again by the trainer
-            result = _Failed(RuntimeError, f"in a loader worker, job {job}:\n{traceback.format_exc()}")
-        connection.send(result)
+def _result(work: Work, task: _Task, skip: Mapping[int, Reason], slot: Tensor, beat: Any) -> Any:
+    def begin(number: int) -> None:
+        beat[1], beat[2] = task.job, number
+        beat[0] += 1
+
+    try:
+        result = work(task.job, begin=begin, skip=skip, buffer=slot[: work.buffer_bytes])
+        return _map(result, Tensor, _Packer(slot))
+    except Exception as error:  # raised again by the trainer; a kind of its own could not always be sent
+        if isinstance(error, ValueError):
+            return _Failed(ValueError, str(error), traceback.format_exc())
+        return _Failed(RuntimeError, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+class _Packer:
+    """Puts the tensors of a result into its slot, those that are not there already behind `buffer`."""
+
+    def __init__(self, slot: Tensor) -> None:
+        self._slot, self._used = slot, len(slot) - _SMALL_BYTES
+
+    def __call__(self, tensor: Tensor) -> _Placed:
+        tensor = tensor.contiguous()
+        if tensor.data_ptr() == self._slot.data_ptr():
+            return _Placed(0, tuple(tensor.shape), tensor.dtype)
+        placed = _Placed(self._used, tuple(tensor.shape), tensor.dtype)
+        if placed.offset + tensor.nbytes > len(self._slot):
+            raise ValueError(
+                f"a result has more than {_SMALL_BYTES} bytes besides its frames; use smaller micro-batches."
+            )
+        _view(placed, self._slot).copy_(tensor)
+        self._used += -(-tensor.nbytes // _ALIGN) * _ALIGN
+        return placed
+
+
+def _view(placed: _Placed, slot: Tensor) -> Tensor:
+    num_bytes = math.prod(placed.shape) * placed.dtype.itemsize
+    return slot[placed.offset : placed.offset + num_bytes].view(placed.dtype).view(placed.shape)
+
+
+def _copy(placed: _Placed, slot: Tensor, pin_memory: bool) -> Tensor:
+    pinned = pin_memory and placed.offset == 0  # small tensors gain nothing
+    return torch.empty(placed.shape, dtype=placed.dtype, pin_memory=pinned).copy_(_view(placed, slot))
 
 
 def _die_with(parent: int) -> None:
@@ -229,11 +305,6 @@ def _kill(process: Any, connection: Connection) -> None:
     process.kill()
     process.join()
     connection.close()
-
-
-def _unless_shared(tensor: torch.Tensor) -> torch.Tensor | np.ndarray:
-    """Small tensors travel in the pipe: a handle of shared memory costs a connection each."""
-    return tensor if tensor.is_shared() else tensor.numpy()
 
 
 def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:

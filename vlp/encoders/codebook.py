@@ -65,11 +65,11 @@ class PatchCodebook(nn.Module):
         """
         parts, count = [], 0
         for clips in frames:
-            parts.append(self._vectors(clips).flatten(0, 3))  # [N, E]
+            parts.append(self._vectors(clips).flatten(0, 3).cpu())  # [N, E]; on the CPU, so that a seed has one result
             count += len(parts[-1])
             if count >= max_vectors:
                 break
-        vectors = torch.cat(parts)[:max_vectors] if parts else self.centroids.new_zeros(0, self.centroids.shape[1])
+        vectors = torch.cat(parts)[:max_vectors] if parts else torch.zeros(0, self.centroids.shape[1])
         generator = torch.Generator().manual_seed(seed)
         self.centroids.copy_(_k_means(vectors, self.num_codes, num_rounds, generator))
         self.fitted.fill_(True)

@@ -31,8 +31,6 @@ class TimmFrames(nn.Module):
         name: str,
         num_frames: int,
         size: int,
-        patch_size: int | None = None,
-        tubelet_size: int = 1,
         pretrained: bool = False,
         checkpoint_path: str | None = None,
         overrides: dict[str, Any] | None = None,
@@ -46,14 +44,9 @@ class TimmFrames(nn.Module):
         Args:
             num_frames: most frames of a clip, the rows of the table of times.
             size: height and width of a frame in pixels, a multiple of the backbone's total stride.
-            patch_size, tubelet_size: the pixels and frames of a cell, where other parts of the config read them; they
-                must be the backbone's total stride, and 1.
             frozen: the backbone gets no gradient and stays in evaluation mode.
             time_positions: add a learned table, zero at first, to all features of a frame.
             space_positions: add a learned table to the cells.
-
-        Raises:
-            ValueError: a size, patch_size or tubelet_size that the backbone does not have.
         """
         super().__init__()
         self.backbone = image_model(
@@ -67,7 +60,6 @@ class TimmFrames(nn.Module):
         model: Any = self.backbone
         self.dim: int = model.num_features
         self.patch_size: int = model.feature_info[-1]["reduction"]
-        _check_cell(name, self.patch_size, self.patch_size if patch_size is None else patch_size, tubelet_size)
         self.tubelet_size = 1
         self.size, self.frozen = size, frozen
         self._prefix_length: int = getattr(model, "num_prefix_tokens", 0)  # of the backbone's output, all kinds
@@ -137,7 +129,6 @@ class SpaceTimeVit(nn.Module):
         num_frames: int,
         size: int,
         time: TimeMixing,
-        patch_size: int | None = None,
         tubelet_size: int = 1,
         inflate: CentralFrame | FrameAverage | None = None,
         pretrained: bool = False,
@@ -151,7 +142,6 @@ class SpaceTimeVit(nn.Module):
             num_frames: most frames of a clip.
             size: height and width of a frame in pixels, a multiple of the patch size.
             time: how blocks see time: `vlp.encoders.spacetime.Joint` or `Divided`.
-            patch_size: pixels of a patch; the name's own where not given.
             tubelet_size: frames that one token spans.
             inflate: how a tubelet starts from the image model's patch embedding, CentralFrame where not given.
 
@@ -159,8 +149,6 @@ class SpaceTimeVit(nn.Module):
             ValueError: the name is no plain VisionTransformer, or uses parts that have no meaning over time.
         """
         super().__init__()
-        if patch_size is not None:
-            overrides = {**(overrides or {}), "patch_size": patch_size}
         model: Any = image_model(
             name,
             size=size,
@@ -259,13 +247,6 @@ def _inflated(proj: nn.Module, tubelet_size: int, inflate: CentralFrame | FrameA
         if embed.bias is not None and proj.bias is not None:
             embed.bias.copy_(proj.bias)
     return embed
-
-
-def _check_cell(name: str, stride: int, patch_size: int, tubelet_size: int) -> None:
-    if patch_size != stride:
-        raise ValueError(f"'{name}' has cells of {stride} pixels, not patch_size={patch_size}; set patch_size={stride}.")
-    if tubelet_size != 1:
-        raise ValueError(f"TimmFrames sees one frame at a time, so tubelet_size={tubelet_size} must be 1.")
 
 
 def _cells(size: int, patch_size: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 Only tensors are read: safetensors, or torch files under `weights_only=True`.
 """
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -16,14 +17,17 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint file by name, without the wrapper's "module." prefix.
 
     Raises:
-        ValueError: there is no such file, or it holds no tensors.
+        ValueError: there is no such file, or it holds no tensors, or objects beside them.
     """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint '{path}' does not exist; give the path of a local .safetensors or .pth file.")
     if path.endswith(".safetensors"):
         content = load_file(path)
     else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"checkpoint '{path}' holds more than tensors; convert it to safetensors.") from error
     for nest in _NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]

@@ -1,6 +1,6 @@
 """The numbers of an evaluation, as pure functions.
 
-Axes: Q queries, C candidates, G groups of candidates, N results.
+Axes: Q queries, C candidates, E embedding, G groups of candidates, N results.
 """
 
 import math
@@ -8,6 +8,14 @@ import statistics
 
 import torch
 from torch import Tensor
+
+
+def similarity(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Return the dot products [Q, C] float32 of embeddings [Q, E] and [C, E].
+
+    Summed in float64 and rounded, so that equal candidates tie exactly: the order of a sum can depend on the column.
+    """
+    return (queries.double() @ candidates.double().T).float()
 
 
 def ranks(similarity: Tensor, positive: Tensor) -> Tensor:

@@ -60,8 +60,7 @@ class Retrieval:
         video_ids, video = _in_order(videos)  # [V], [V, E]
         owner_ids, text = _in_order(texts)  # [Q], [Q, E]
         owner = torch.searchsorted(video_ids, owner_ids)
-        # Summed in float64 and rounded, so that equal embeddings tie exactly, whatever the place of their row.
-        similarity = (text.double() @ video.double().T).float()  # [Q, V]
+        similarity = metrics.similarity(text, video)  # [Q, V]
         return {
             "title": self.title,
             "rows": _rows(similarity, owner, self.scale),

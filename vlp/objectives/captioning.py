@@ -1,6 +1,6 @@
 """Write the caption of a video, word after word.
 
-Axes: B clips, L text length, V vocabulary.
+Axes: B clips, L text length, K predicted tokens, V vocabulary.
 """
 
 from typing import ClassVar
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlp.types import IGNORE_INDEX, Term
+from vlp.types import Term
 
 
 class Captioning(nn.Module):
@@ -24,6 +24,8 @@ class Captioning(nn.Module):
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing} is not a share; it must be at least 0 and below 1.")
         self.label_smoothing = label_smoothing
 
     def count(self, text_mask: Tensor, valid: Tensor) -> Tensor:
@@ -33,11 +35,9 @@ class Captioning(nn.Module):
     def forward(self, logits: Tensor, text_ids: Tensor, text_mask: Tensor, valid: Tensor) -> Term:
         """Return the sum over this rank's tokens; logits [B, L, V] at position i predict token i + 1."""
         keep = text_mask[:, 1:] & valid[:, None]  # [B, L - 1]
-        targets = text_ids[:, 1:].masked_fill(~keep, IGNORE_INDEX)
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=IGNORE_INDEX,
+            logits[:, :-1][keep].float(),  # [K, V]: padding would cost memory, and its NaNs the gradient
+            text_ids[:, 1:][keep],
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )

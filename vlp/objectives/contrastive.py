@@ -44,17 +44,19 @@ class Contrastive(nn.Module):
         """
         everyone = (lambda x: x) if self.local_negatives else dist.gather
         first = 0 if self.local_negatives else dist.rank() * len(video)
-        allowed = everyone(valid)  # [G]
+        video, text = (_zero_invalid(x.float(), valid) for x in (video, text))
+        columns_valid = everyone(valid)  # [G]
         targets = first + torch.arange(len(video), device=video.device)  # [B]
-        total = video.new_zeros((), dtype=torch.float32)
-        for rows, columns in ((video, everyone(text)), (text, everyone(video))):
-            logits = (scale * rows @ columns.T).float().masked_fill(~allowed, -torch.inf)  # [B, G]
-            losses = F.cross_entropy(_without_own_inf(logits, targets), targets, reduction="none")
-            total = total + torch.where(valid, losses, 0.0).sum()
+        own = F.one_hot(targets, len(columns_valid)).bool()  # [B, G]; stays in rows of masked slots: all -inf gives NaN
+        total = video.new_zeros(())
+        with torch.autocast(video.device.type, enabled=False):  # half precision rounds logits of 50 by up to 0.1
+            for rows, columns in ((video, everyone(text)), (text, everyone(video))):
+                logits = (scale * rows @ columns.T).masked_fill(~(columns_valid | own), -torch.inf)  # [B, G]
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                total = total + torch.where(valid, losses, 0.0).sum()
         return Term(self.factor * total, self.count(valid))
 
 
-def _without_own_inf(logits: Tensor, targets: Tensor) -> Tensor:
-    """Keep the diagonal finite in rows of masked slots: inf * 0 in the backward pass would be NaN."""
-    own = F.one_hot(targets, logits.shape[1]).bool()
-    return torch.where(own & logits.isinf(), 0.0, logits)
+def _zero_invalid(x: Tensor, valid: Tensor) -> Tensor:
+    """Zero the rows of masked slots: 0 * NaN in the backward pass would spoil the others."""
+    return x.masked_fill(~valid[:, None], 0.0)

@@ -16,7 +16,7 @@ class MaskedVisual(nn.Module):
 
     Args:
         dim: width of the grid. num_codes: size of the tokenizer's vocabulary.
-        tokenizer: frames uint8 [B, T, H, W, 3] -> codes int64 [B, T', H', W'] on the encoder's grid.
+        tokenizer: (frames uint8 [B, T, H, W, 3], frame_mask [B, T] bool) -> codes int64 [B, T', H', W'].
 
     Source: arXiv:2111.12681, eq. 5 (there with the codes of a discrete VAE).
     """
@@ -25,6 +25,7 @@ class MaskedVisual(nn.Module):
         "grid": "fused_video:masked_patches",
         "hidden": "hidden:masked_patches",
         "frames": "frames",
+        "frame_mask": "frame_mask",
         "valid": "valid",
     }
 
@@ -37,13 +38,13 @@ class MaskedVisual(nn.Module):
         """Return the number of hidden cells [B, T, H, W] of real clips [B]."""
         return (hidden & valid[:, None, None, None]).sum()
 
-    def forward(self, grid: Grid, hidden: Tensor, frames: Tensor, valid: Tensor) -> Term:
+    def forward(self, grid: Grid, hidden: Tensor, frames: Tensor, frame_mask: Tensor, valid: Tensor) -> Term:
         """Return the sum over this rank's hidden cells.
 
         Raises:
             ValueError: the tokenizer's grid differs from the encoder's.
         """
-        codes = self.tokenizer(frames)  # [B, T, H, W]
+        codes = self.tokenizer(frames, frame_mask)  # [B, T, H, W]
         if codes.shape != grid.x.shape[:4]:
             raise ValueError(
                 f"the visual tokenizer gives a grid of {tuple(codes.shape[1:])}, the encoder one of "

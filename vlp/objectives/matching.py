@@ -41,10 +41,18 @@ class Matching(nn.Module):
         Args:
             positive: fused tokens [B, L, D] of the true pair. negatives: the same for each kind of swap.
             found: [B] bool each, False where there was no other clip to swap in. valid: [B] bool.
+
+        Raises:
+            ValueError: not one `found` for each of the `negatives`.
         """
-        pairs = [positive, *negatives]
+        if len(negatives) != len(found):
+            raise ValueError(
+                f"inputs.negatives names {len(negatives)} nodes and inputs.found {len(found)}; name one for each."
+            )
         keep = torch.stack([valid, *(valid & each for each in found)])  # [1 + kinds, B]
-        logits = torch.stack([self.head(tokens.x[:, 0]).squeeze(-1) for tokens in pairs]).float()  # [1 + kinds, B]
+        firsts = torch.stack([tokens.x[:, 0] for tokens in (positive, *negatives)])  # [1 + kinds, B, D]
+        firsts = firsts.masked_fill(~keep[..., None], 0.0)  # 0 * NaN in the backward pass would spoil the head
+        logits = self.head(firsts).squeeze(-1).float()  # [1 + kinds, B]
         labels = torch.zeros_like(logits)
         labels[0] = 1.0
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")

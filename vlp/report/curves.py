@@ -1,10 +1,11 @@
-"""Line charts as plain geometry, in the units of an SVG view box; `pieces.html.j2` draws them, `page.js` reads them out.
+"""Line charts as geometry in the units of an SVG view box; `pieces.html.j2` draws them, `page.js` reads them out.
 
 N logged points of a series, K points drawn.
 """
 
 import json
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -57,17 +58,17 @@ class Chart(NamedTuple):
 def smooth(values: np.ndarray, points: float) -> np.ndarray:
     """Mean of `values` [N] with weights exp(-distance / points) to both sides, so that the line does not lag behind."""
     decay = math.exp(-1 / points)
-    sums = np.stack([values, np.ones_like(values)])  # [2, N]: weighted values and weights
-    left, right = sums.copy(), sums.copy()
-    for index in range(1, len(values)):
-        left[:, index] += decay * left[:, index - 1]
-        right[:, -1 - index] += decay * right[:, -index]
-    total, weight = left + right - sums
-    return total / weight
+
+    def both_sides(x: np.ndarray) -> np.ndarray:
+        left = list(accumulate(x.tolist(), lambda total, value: decay * total + value))
+        right = list(accumulate(x[::-1].tolist(), lambda total, value: decay * total + value))
+        return np.array(left) + np.array(right)[::-1] - x
+
+    return both_sides(values) / both_sides(np.ones_like(values))
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce [N] points to about `limit` and keep the smallest and largest of each stretch, so that no spike is lost."""
+    """Reduce [N] points to about `limit`: the smallest and largest of each stretch, so that no spike is lost."""
     if len(steps) <= limit:
         return steps, values
     keep: set[int] = {0, len(steps) - 1}

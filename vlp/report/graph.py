@@ -7,6 +7,7 @@ column up and down towards its neighbours. The pieces take room like boxes do, s
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 from vlp.report import words
@@ -99,8 +100,9 @@ def collect(graph: Graph) -> tuple[dict[str, Vertex], Edges]:
             label = f"{role}: {need}" if role else need
             edges[source, target] = f"{edges[source, target]}, {label}" if (source, target) in edges else label
 
-    for view in graph.views:
-        connect(view.reads, f"view {view.name}")
+    for view in graph.views:  # what its nodes need is exact; `reads` also names optional inputs that do not exist here
+        written = [node.needs for node in graph.nodes if _writer(graph, identity(node)) == view.name]
+        connect((need for needs in written or [view.reads] for need in needs), f"view {view.name}")
     for node in nodes:
         connect(node.needs, identity(node))
     for objective in graph.objectives:
@@ -117,7 +119,7 @@ def _quantity(node: Node) -> Vertex:
 
 
 def assign_columns(vertices: dict[str, Vertex], edges: Edges) -> dict[str, int]:
-    """Return the column of each box: right of all it needs, objectives last; arrows of a cycle are not followed twice."""
+    """Return the column of each box: right of all it needs, objectives last; arrows that close a cycle are ignored."""
     columns: dict[str, int] = {}
 
     def place(name: str, path: tuple[str, ...]) -> int:
@@ -150,7 +152,7 @@ def add_trunks(columns: dict[str, int], edges: Edges) -> tuple[Columns, set[tupl
         for column, stop in enumerate(stops[1:-1], columns[source] + 1):
             if stop not in table[column]:
                 table[column].append(stop)
-        links |= set(zip(stops, stops[1:], strict=False))
+        links |= set(pairwise(stops))
     return table, links
 
 
@@ -232,7 +234,7 @@ def centres(table: Columns, heights: dict[str, float], links: set[tuple[str, str
     middle: dict[str, float] = {}
     gaps: list[list[float]] = []
     for column in table:
-        gaps.append([_distance(heights, a, b) for a, b in zip(column, column[1:], strict=False)])
+        gaps.append([_distance(heights, a, b) for a, b in pairwise(column)])
         middle |= dict(zip(column, settle([0.0] * len(column), gaps[-1]), strict=True))
     for turn in range(2 * ROUNDS):
         for column, distances in zip(table[:: 1 if turn % 2 else -1], gaps[:: 1 if turn % 2 else -1], strict=True):
@@ -285,7 +287,7 @@ def layout(graph: Graph) -> Drawing | None:
 def _path(heights: list[float], column: int, lefts: list[float], widths: list[float]) -> str:
     """Return a smooth line: curved between columns, straight where it crosses one."""
     path = f"M{lefts[column] + widths[column]:.1f} {heights[0]:.1f}"
-    for index, (y, next_y) in enumerate(zip(heights, heights[1:], strict=False)):
+    for index, (y, next_y) in enumerate(pairwise(heights)):
         start, end = lefts[column + index] + widths[column + index], lefts[column + index + 1]
         middle = (start + end) / 2
         path += f"C{middle:.1f} {y:.1f} {middle:.1f} {next_y:.1f} {end:.1f} {next_y:.1f}"

@@ -19,7 +19,7 @@ class Strip(NamedTuple):
 
 
 def embed(directory: Path, name: str | None, problems: list[str]) -> Strip | None:
-    """Return the JPEG `name` of the run's directory as a data URI; None, with a problem noted, if that is not possible."""
+    """Return the JPEG `name` of the run's directory as a data URI; None, and a problem noted, if that is impossible."""
     if not name:
         return None
     path = (directory / name).resolve()

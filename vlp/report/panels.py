@@ -18,7 +18,7 @@ LOOKS = {
 
 
 def training_curves(metrics: Metrics, graph: Graph | None) -> dict[str, list[Chart]]:
-    """Return charts in three groups: "total", "main" (objectives, rates, speed) and "more" (whatever else was logged)."""
+    """Return charts in three groups: "total", "main" (objectives, rates, speed) and "more" (all else logged)."""
     names = objective_names(metrics, graph)
     looks = {f"train/{name}": (f"{words.title(name)} loss", Look(HALF, "unweighted; falls")) for name in names} | LOOKS
     columns = metrics.columns | _derived(metrics.columns)
@@ -37,7 +37,7 @@ def training_curves(metrics: Metrics, graph: Graph | None) -> dict[str, list[Cha
 
 def objective_names(metrics: Metrics, graph: Graph | None) -> list[str]:
     """Return the objectives that were logged: those of the graph, and every loss that was logged with its count."""
-    counted = [name.removeprefix("train/").removesuffix("_count") for name in metrics.columns if name.endswith("_count")]
+    counted = [name[:-6].removeprefix("train/") for name in metrics.columns if name.endswith("_count")]
     known = [objective.name for objective in graph.objectives] if graph else []
     return [name for name in dict.fromkeys(known + counted) if f"train/{name}" in metrics.columns]
 
@@ -81,8 +81,8 @@ def _history(
     points = {}
     for found in evaluations:
         if (found.source, found.split) == (newest.source, newest.split) and task in found.tasks:
-            points |= {found.step: other.raw for other in found.tasks[task].rows if other.key == row.key}
-    points = {step: raw for step, raw in points.items() if raw is not None}
+            points |= {(found.step, other.key): other.raw for other in found.tasks[task].rows}
+    points = {step: raw for (step, key), raw in points.items() if key == row.key and raw is not None}
     logged = metrics.columns.get(f"val/{newest.source}/{row.key}")
     if logged is not None and np.isfinite(logged).sum() > len(points):
         return metrics.steps, logged

@@ -5,6 +5,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,7 +36,7 @@ class RunFiles(NamedTuple):
 
 
 def parse(kind: Any, value: object, where: str, problems: list[str]) -> Any:
-    """Return `value` as the annotation `kind` (str, int, float, bool, list, dict, a NamedTuple, or one of them or None).
+    """Return `value` as the annotation `kind`: a plain type, tuple, Mapping or NamedTuple, or one of them or None.
 
     Raises ValueError where the type is wrong and there is no default to fall back to.
     """
@@ -44,10 +45,10 @@ def parse(kind: Any, value: object, where: str, problems: list[str]) -> Any:
         return None if value is None else parse(typing.get_args(kind)[0], value, where, problems)
     if kind is object:
         return value
-    if origin is list and isinstance(value, list):
+    if origin is tuple and isinstance(value, list):
         item = typing.get_args(kind)[0]
-        return [parse(item, child, f"{where}[{index}]", problems) for index, child in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
+        return tuple(parse(item, child, f"{where}[{index}]", problems) for index, child in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
         item = typing.get_args(kind)[1]
         return {str(key): parse(item, child, f"{where}.{key}", problems) for key, child in value.items()}
     if hasattr(kind, "_fields") and isinstance(value, dict):
@@ -88,11 +89,12 @@ def read_json(path: Path, kind: type[Record], problems: list[str]) -> Record | N
 
 
 def read_metrics(path: Path, problems: list[str]) -> Metrics:
-    """Read metrics.csv; of two rows with the same step, as a resumed run leaves them, each cell's later value counts."""
+    """Read metrics.csv; where a step has several rows, as in a resumed run, each cell's last value counts."""
     rows: dict[int, dict[str, float]] = {}
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            damaged = sum(not _add_row(rows, row) for row in csv.DictReader(file))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a number that was cut is still a number
+        damaged = len(lines) - len(whole) + sum(not _add_row(rows, row) for row in csv.DictReader(whole))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         damaged = 0
@@ -111,7 +113,7 @@ def _add_row(rows: dict[int, dict[str, float]], row: dict) -> bool:
     """Add one line; False if it is cut or is not made of numbers."""
     try:
         step = int(float(row.pop("step")))
-        values = {name: float(cell) for name, cell in row.items() if name is not None and cell}
+        values = {name: float(cell) for name, cell in row.items() if cell != ""}  # None, as of a cut line, is refused
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
     rows.setdefault(step, {}).update({name: v if math.isfinite(v) else math.inf for name, v in values.items()})
@@ -126,7 +128,7 @@ def read_run(directory: Path) -> RunFiles:
         run = run._replace(name=directory.resolve().name)
     graph = read_json(directory / "graph.json", Graph, problems)
     metrics = read_metrics(directory / "metrics.csv", problems)
-    paths = sorted((directory / "eval").glob("*.json"))
+    paths = sorted((directory / "eval").rglob("*.json"))
     evaluations = [read_json(path, Evaluation, problems) for path in paths]
     if not paths:
         problems.append("eval/ holds no evaluation")

@@ -3,7 +3,11 @@
 A field that a file lacks takes its default. Fields that may be None are optional; the absence of any other is noted.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
+
+EMPTY: Mapping = MappingProxyType({})  # as a default it cannot be changed by accident
 
 
 class Dropped(NamedTuple):
@@ -26,7 +30,7 @@ class Source(NamedTuple):
     weight: float = 1.0
     seen: int = 0  # samples trained on, repeats included
     test_is_train: bool = False
-    dropped: list[Dropped] = []
+    dropped: tuple[Dropped, ...] = ()
 
 
 class Part(NamedTuple):
@@ -51,9 +55,9 @@ class Run(NamedTuple):
     started: str = ""  # ISO 8601
     seconds: float | None = None
     attempts: int = 1
-    environment: dict[str, object] = {}
-    parts: list[Part] = []
-    sources: list[Source] = []
+    environment: Mapping[str, object] = EMPTY
+    parts: tuple[Part, ...] = ()
+    sources: tuple[Source, ...] = ()
 
 
 class Node(NamedTuple):
@@ -61,8 +65,8 @@ class Node(NamedTuple):
 
     name: str = ""
     view: str = ""
-    needs: list[str] = []
-    parts: list[str] = []
+    needs: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     calls: int = 1
     parameters: int = 0
 
@@ -71,8 +75,8 @@ class View(NamedTuple):
     """One corruption of batch fields."""
 
     name: str = ""
-    reads: list[str] = []
-    writes: list[str] = []
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
 
 class Objective(NamedTuple):
@@ -80,16 +84,16 @@ class Objective(NamedTuple):
 
     name: str = ""
     weight: float = 1.0
-    inputs: dict[str, object] = {}  # a name, or a list of names
+    inputs: Mapping[str, object] = EMPTY  # a name, or a list of names
 
 
 class Graph(NamedTuple):
     """graph.json."""
 
-    fields: list[str] = []
-    nodes: list[Node] = []
-    views: list[View] = []
-    objectives: list[Objective] = []
+    fields: tuple[str, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    views: tuple[View, ...] = ()
+    objectives: tuple[Objective, ...] = ()
 
 
 class Row(NamedTuple):
@@ -102,6 +106,7 @@ class Row(NamedTuple):
     chance: float | None = None
     unit: str = ""
     higher_is_better: bool = True
+    num: int | None = None  # how many things `raw` averages
 
 
 class Result(NamedTuple):
@@ -120,14 +125,14 @@ class Example(NamedTuple):
     kind: str = ""
     query: str | None = None
     rank: int | None = None  # of the right clip, from 1
-    results: list[Result] | None = None
+    results: tuple[Result, ...] | None = None
     caption: str | None = None
     negative: str | None = None
     score: float | None = None
     negative_score: float | None = None
     correct: bool | None = None
     generated: str | None = None
-    references: list[str] | None = None
+    references: tuple[str, ...] | None = None
     strip: str | None = None
 
 
@@ -135,8 +140,8 @@ class Task(NamedTuple):
     """One task of an evaluation."""
 
     title: str = ""
-    rows: list[Row] = []
-    examples: list[Example] = []
+    rows: tuple[Row, ...] = ()
+    examples: tuple[Example, ...] = ()
 
 
 class Evaluation(NamedTuple):
@@ -146,5 +151,6 @@ class Evaluation(NamedTuple):
     source: str = ""
     split: str = "test"
     num_clips: int = 0
+    num_unusable: int | None = None
     trained_on_these: bool = False
-    tasks: dict[str, Task] = {}
+    tasks: Mapping[str, Task] = EMPTY

@@ -10,6 +10,7 @@ from vlp.report.records import Evaluation, Row, Run
 
 HEADLINE_SUFFIX = "_r1"  # these metrics, and the first of each task, become cards
 MAX_CARDS = 8
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class Banner(NamedTuple):
@@ -36,7 +37,7 @@ class Table(NamedTuple):
     """The metrics of one task on one source."""
 
     title: str
-    rows: list[Row]
+    rows: tuple[Row, ...]
 
 
 def banners(files: RunFiles) -> list[Banner]:
@@ -104,19 +105,27 @@ def times_chance(row: Row) -> str:
     if row.raw is None or not row.chance or row.chance <= 0 or row.raw < 0:
         return ""
     if row.higher_is_better:
-        return f"{row.raw / row.chance:.3g} × chance"
-    return f"{row.chance / row.raw:.3g} × better than chance" if row.raw > 0 else ""
+        return f"{row.raw / row.chance:.3g} {TIMES} chance"
+    return f"{row.chance / row.raw:.3g} {TIMES} better than chance" if row.raw > 0 else ""
 
 
 def tables(evaluation: Evaluation) -> list[Table]:
     """Return one table for each task that has metrics."""
-    return [
-        Table(task.title or words.title(name), task.rows)
-        for name, task in evaluation.tasks.items()
-        if task.rows
-    ]
+    return [Table(task.title or words.title(name), task.rows) for name, task in evaluation.tasks.items() if task.rows]
 
 
-def has_dual_softmax(tables: list[Table]) -> bool:
-    """Return whether the tables of an evaluation need a column for dual softmax."""
-    return any(row.dual_softmax is not None for table in tables for row in table.rows)
+class Results(NamedTuple):
+    """One evaluation as tables, which have the same columns."""
+
+    evaluation: Evaluation
+    tables: list[Table]
+    has_dual_softmax: bool
+    has_num: bool
+
+
+def results(evaluation: Evaluation) -> Results:
+    """Return the tables of an evaluation and the columns that they need."""
+    found = tables(evaluation)
+    rows = [row for table in found for row in table.rows]
+    has_dual_softmax = any(row.dual_softmax is not None for row in rows)
+    return Results(evaluation, found, has_dual_softmax, any(row.num is not None for row in rows))

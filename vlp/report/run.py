@@ -6,6 +6,7 @@ It also works while a run trains, and for one that crashed: what is missing is s
 import argparse
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,18 +18,20 @@ from vlp.report.page import write_page
 from vlp.report.panels import evaluation_curves, newest_by_source, training_curves
 from vlp.report.read import RunFiles, read_run
 from vlp.report.records import Part
-from vlp.report.results import banners, has_dual_softmax, headline, tables, times_chance
+from vlp.report.results import banners, headline, results, times_chance
 
 LABELS = {
     "python": "Python",
     "torch": "PyTorch",
     "cuda": "CUDA",
-    "cpu": "Processor",
-    "os": "System",
+    "platform": "System",
     "attention": "Attention kernel",
     "vlp": "vlp",
-    "git": "Git commit",
-    "git_commit": "Git commit",
+    "pytorch-lightning": "PyTorch Lightning",
+    "deepspeed": "DeepSpeed",
+    "timm": "timm",
+    "av": "PyAV",
+    "flash-attn": "FlashAttention",
     "commit": "Git commit",
 }
 
@@ -49,7 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     directory = Path(run_dir)
     if not directory.is_dir():
-        raise ValueError(f"run_dir={str(run_dir)!r} is not a directory; give the directory of a run, such as runs/NAME.")
+        raise ValueError(f"run_dir={str(run_dir)!r} is not a directory; give the directory of a run, as runs/NAME.")
     files = read_run(directory)
     newest = newest_by_source(files.evaluations)
     galleries = _galleries(files)  # first, because it may find problems
@@ -61,7 +64,7 @@ def write_report(run_dir: str | Path) -> Path:
         banners=banners(files),
         facts=facts(files),
         cards=headline(files.evaluations),
-        newest=[(found, tables(found), has_dual_softmax(tables(found))) for found in newest],
+        newest=[results(found) for found in newest],
         training=training_curves(files.metrics, files.graph),
         evaluation=evaluation_curves(files.evaluations, files.metrics),
         galleries=galleries,
@@ -102,14 +105,14 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
     return rows
 
 
-def part_bars(parts: list[Part]) -> list[PartBar]:
+def part_bars(parts: Sequence[Part]) -> list[PartBar]:
     """Return the parts, largest first, dropped ones last."""
     largest = max((part.parameters for part in parts), default=0) or 1
     ordered = sorted(parts, key=lambda part: (part.dropped, -part.parameters))
     return [PartBar(part, 100 * part.parameters / largest, 100 * part.trainable / largest) for part in ordered]
 
 
-def environment_rows(environment: dict[str, object]) -> list[tuple[str, str]]:
+def environment_rows(environment: Mapping[str, object]) -> list[tuple[str, str]]:
     """Return the environment as label and value; nested values as JSON."""
     return [
         (LABELS.get(key, words.title(key)), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

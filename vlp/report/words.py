@@ -5,6 +5,8 @@ from datetime import datetime
 
 from vlp.types import Reason
 
+MINUS = "\N{MINUS SIGN}"
+
 # What happened, and what to do about it.
 REASONS = {
     Reason.OK: ("The sample was used.", "Nothing to do."),
@@ -14,12 +16,12 @@ REASONS = {
     Reason.VIDEO_BROKEN: ("The file cannot be read as a video, or none of its frames can.", "Download it again."),
     Reason.NO_VIDEO_STREAM: ("The file has sound but no pictures.", "Replace it with the version that has video."),
     Reason.VIDEO_TRUNCATED: ("The video ends before the frames that its header promises.", "Download it again."),
-    Reason.CODEC_REFUSED: ("The video is packed with a codec that is not accepted.", "Convert it, for example to H.264."),
+    Reason.CODEC_REFUSED: ("The video uses a codec that is not accepted.", "Convert it, for example to H.264."),
     Reason.LIMIT_EXCEEDED: ("The video has too many pixels, frames, seconds or bytes.", "Shorten or shrink it."),
     Reason.CAPTION_MISSING: ("The video has no caption.", "Write one or remove the video."),
     Reason.CAPTION_BROKEN: ("The caption is not readable text, or is too long.", "Save it as UTF-8, or shorten it."),
     Reason.CHECKSUM: ("The bytes changed after the shard was indexed.", "Copy the shard again or index it again."),
-    Reason.READ_FAILED: ("The storage did not deliver the bytes, even after retries.", "Check the disk or the network."),
+    Reason.READ_FAILED: ("The storage did not give the bytes, even after retries.", "Check the disk or the network."),
     Reason.DECODE_TIMEOUT: ("Decoding took too long and was stopped.", "Convert the video to smaller pictures."),
     Reason.DECODE_CRASH: ("The decoder crashed on this video.", "Convert the video or remove it."),
     Reason.DUPLICATE_KEY: ("Another sample has the same name; the first one is used.", "Rename one of the two."),
@@ -76,14 +78,14 @@ def plain(value: float | None) -> str:
         return "not finite"
     if abs(value) >= 1e4:
         return short(value)
-    return f"{value:.4g}".replace("-", "−", 1) if value < 0 else f"{value:.4g}"
+    return f"{value:.4g}".replace("-", MINUS, 1) if value < 0 else f"{value:.4g}"
 
 
 def score(value: float | None) -> str:
     """Write a similarity score with three decimals, so that a column lines up."""
     if value is None or not math.isfinite(value):
         return plain(value)
-    return f"{value:.3f}".replace("-", "−")
+    return f"{value:.3f}".replace("-", MINUS)
 
 
 def measure(value: float | None, unit: str) -> str:

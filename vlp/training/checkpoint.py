@@ -7,7 +7,8 @@
         state.json              step, cursor, config, fingerprints
         manifest.json           size and sha256 of the files above; written last: its presence is the commit
 
-Files are written in a directory of a temporary name, synced, and renamed; the parent is synced; old ones go last.
+Files are written in a directory of a temporary name, synced, and renamed; the parent is synced; old ones go last, by a
+rename first, so that a name is complete or gone. A repeated step keeps its old directory as `-replaced` meanwhile.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 FORMAT = 1
+_REPLACED = "-replaced"
 
 
 class State(NamedTuple):
@@ -36,7 +38,7 @@ class State(NamedTuple):
 
 
 def save(root: Path, *, step: int, state: State, keep: int) -> Path:
-    """Commit a checkpoint and delete the oldest beyond `keep` (at least two stay).
+    """Commit a checkpoint and delete the oldest beyond `keep`, but none before two newer ones are known to be valid.
 
     Raises:
         OSError: the disk refused; the older checkpoints are untouched.
@@ -60,11 +62,11 @@ def save(root: Path, *, step: int, state: State, keep: int) -> Path:
     _sync(manifest)
     _sync(temporary)
     if final.exists():  # the same step of an attempt that was repeated
-        shutil.rmtree(final)
+        final.rename(root / f"{final.name}{_REPLACED}")
     temporary.rename(final)
     _sync(root)
-    for old in all_steps(root)[: -max(2, keep)]:
-        shutil.rmtree(old)
+    _sweep(root)
+    _prune(root, keep, newest=final)
     return final
 
 
@@ -93,21 +95,23 @@ def load(path: Path) -> State:
     problem = _damage(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path}: {problem}; choose another step.")
-    tensors = {
-        name: load_file(path / f"{name}.safetensors") if (path / f"{name}.safetensors").exists() else {}
-        for name in ("model", "optimizer", "ema")
-    }
-    return State(**tensors, facts=json.loads((path / "state.json").read_text(encoding="utf-8")))
+    files = [path / f"{name}.safetensors" for name in ("model", "optimizer", "ema")]
+    try:
+        tensors = {file.stem: load_file(file) if file.exists() else {} for file in files}
+        return State(**tensors, facts=json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path}: cannot be read ({error}); choose another step.") from None
 
 
 def module_state(module: nn.Module) -> dict[str, Tensor]:
     """Return weights and buffers; a tensor that two names share is stored once, under its first name."""
-    seen: set[int] = set()
+    seen: set[tuple] = set()
     state = {}
     for name, tensor in module.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place in seen and tensor.numel():
             continue
-        seen.add(tensor.data_ptr())
+        seen.add(place)
         state[name] = tensor
     return state
 
@@ -145,7 +149,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     """Fill the optimizer's state from `optimizer_state`.
 
     Raises:
-        ValueError: a tensor that belongs to no trained parameter.
+        ValueError: a tensor that belongs to no trained parameter, or a trained parameter without any.
     """
     owners = {
         name: parameter
@@ -158,8 +162,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
             raise ValueError(
                 f"the checkpoint has optimizer state for '{name}', which is not trained; freeze the same parts."
             )
-        device = "cpu" if kind == "step" else owners[name].device
-        optimizer.state[owners[name]][kind] = value.clone().to(device)
+        optimizer.state[owners[name]][kind] = value.clone().to(owners[name].device)  # fused AdamW counts there as well
+    bare = sorted(name for name, parameter in owners.items() if tensors and not optimizer.state.get(parameter))
+    if bare:
+        raise ValueError(f"the checkpoint has no optimizer state for '{bare[0]}', which is trained; freeze it as before.")
 
 
 def _damage(path: Path) -> str | None:
@@ -167,12 +173,15 @@ def _damage(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']}, this version reads {FORMAT}"
+        unlisted = sorted({file.name for file in path.iterdir()} - manifest["files"].keys() - {"manifest.json"})
+        if unlisted:
+            return f"{unlisted[0]} is not in manifest.json"
         for name, facts in manifest["files"].items():
             if not (path / name).exists():
                 return f"{name} is missing"
             if (path / name).stat().st_size != facts["size"] or _digest(path / name) != facts["sha256"]:
                 return f"{name} differs from its digest"
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json cannot be read ({error})"
     return None
 
@@ -191,6 +200,25 @@ def _sync(path: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what killed attempts left half written."""
-    for path in root.glob(".writing-*"):
+    """Remove what killed attempts left half written or half deleted, and replaced steps whose successor stands."""
+    for path in (*root.glob(".writing-*"), *root.glob(".deleting-*")):
         shutil.rmtree(path)
+    for path in root.glob(f"step-*{_REPLACED}"):
+        if path.with_name(path.name.removesuffix(_REPLACED)).exists():
+            _delete(path)
+
+
+def _prune(root: Path, keep: int, *, newest: Path) -> None:
+    """Delete all but the `keep` newest checkpoints, and keep more where two of those are not valid."""
+    num_valid = 0
+    for place, path in enumerate(reversed(all_steps(root))):
+        if place >= keep and num_valid == 2:
+            _delete(path)
+        elif num_valid < 2 and (path == newest or _damage(path) is None):  # `newest` was just read back
+            num_valid += 1
+
+
+def _delete(path: Path) -> None:
+    hidden = path.with_name(f".deleting-{path.name}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)

@@ -26,10 +26,21 @@ class Ema:
         """Take the weights after optimizer step `step`, from 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, parameter in _trainable(module):
+            self.average[name] = self.average[name].to(parameter.device)  # the module moved after the average was made
             self.average[name].lerp_(parameter.float(), weight)
 
     def load(self, average: dict[str, Tensor]) -> None:
-        """Continue from a stored average."""
+        """Continue from a stored average.
+
+        Raises:
+            ValueError: it is of other parameters than are trained now.
+        """
+        other = sorted(average.keys() ^ self.average.keys())
+        if other:
+            raise ValueError(
+                f"the stored average and the trained parameters differ in {len(other)} names ({', '.join(other[:3])}); "
+                "freeze the same parts and keep optim.ema_decay."
+            )
         for name, value in average.items():
             self.average[name].copy_(value)
 

@@ -11,7 +11,7 @@ import torch
 
 from vlp.layers.attention import kernel_name
 
-_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "deepspeed", "timm", "transformers", "av", "flash-attn")
+_PACKAGES = ("vlp", "torch", "torchvision", "pytorch-lightning", "deepspeed", "timm", "transformers", "av", "flash-attn")
 
 
 def is_first_process() -> bool:
@@ -35,7 +35,7 @@ def facts() -> dict[str, str]:
             values[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             values[package] = "not installed"
-    return values | {"vlp": metadata.version("vlp"), "commit": _commit()}
+    return values | {"commit": _commit()}
 
 
 def command() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlp import config
+from vlp import config, dist
 from vlp.data.datamodule import VideoTextData
 from vlp.eval.runner import EvalData, evaluate, flat_scores
 from vlp.forward import Graph
@@ -54,7 +54,25 @@ class Evaluator:
 
     def eval_data(self, name: str) -> EvalData:
         """Return the test split of one source as the tasks want it."""
-        raise NotImplementedError
+        data, reader, tokenizer = self.data, self.data.reader(name, "test"), self.data.tokenizer
+        assert tokenizer.bos_id is not None
+        return EvalData(
+            source=name,
+            split="test",
+            trained_on_these=data.test_is_train(name),
+            batches=lambda: data.test_loader(
+                name, batch_size=self.batch_size, rank=dist.rank(), world_size=dist.world_size()
+            ),
+            meta=reader.meta,
+            key_of=reader.key_of,
+            encode=tokenizer.encode,
+            decode=tokenizer.decode,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            max_length=tokenizer.max_length,
+            num_clips=len(reader),
+            batch_size=self.batch_size,
+        )
 
 
 def _why_not(task: Any, graph: Graph, trained: frozenset[str]) -> str:

@@ -43,5 +43,6 @@ def read(path: Path) -> list[dict[str, str]]:
     """Return the complete rows of a file; a last line cut by a kill is left out."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file) if None not in row.values()]
+    text = path.read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a number that was cut is still a number
+    return [{k: v for k, v in row.items() if v} for row in csv.DictReader(lines)]

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-_LAYER = re.compile(r"^(.*?)\.(?:blocks|layers|layer|stages)\.(\d+)\.")
+# The stack that a layer belongs to, and its number; Hugging Face keeps layers one level deeper than the embeddings.
+_LAYER = re.compile(r"^(.*?)(?:\.encoder|\.transformer)?\.(?:blocks|layers|layer|stages)\.(\d+)\.")
+_BELOW_LAYERS = re.compile(r"embed|token|position|words|norm_pre|stem")
 
 
 class Cosine:
@@ -75,7 +77,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
     frozen: set[str] = set()
     for pattern in patterns:
-        matched = set(fnmatch.filter(names, pattern.lstrip("!")))
+        matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
         if not matched:
             raise ValueError(
                 f"optim.freeze: '{pattern}' matches no parameter; names look like {', '.join(names[:3])}, ..."
@@ -91,10 +93,10 @@ def settings(module: nn.Module, *, layer_decay: float | None, lr_factors: Mappin
     """Return the setting of every trainable parameter.
 
     Norms, biases, temperatures and other vectors get no weight decay. Layer decay multiplies the rate by
-    `layer_decay ** (layers above)` inside each encoder. Source: arXiv:2106.08254, appendix.
+    `layer_decay ** (layers above)` inside each stack of layers. Source: arXiv:2106.08254, appendix.
 
     Raises:
-        ValueError: a pattern of `lr_factors` that matches nothing.
+        ValueError: a pattern of `lr_factors` that matches nothing; nothing to train.
     """
     names = [name for name, _ in module.named_parameters()]
     for pattern in lr_factors:
@@ -109,6 +111,8 @@ def settings(module: nn.Module, *, layer_decay: float | None, lr_factors: Mappin
         if layer_decay is not None:
             factor *= layer_decay ** _layers_above(name, depths)
         result.append(Setting(name, parameter, factor, parameter.ndim > 1))
+    if not result:
+        raise ValueError("optim.freeze: every parameter is frozen; leave something to train.")
     return result
 
 
@@ -136,14 +140,14 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def audit(module: nn.Module) -> str:
-    """Return a table of the trainable and frozen parameters of each part, the trainable-parameter audit."""
-    lines = [f"{'part':<34} {'parameters':>14} {'trainable':>14}"]
-    for prefix, owner in module.named_children():
-        for name, child in owner.named_children():
-            total = sum(p.numel() for p in child.parameters())
-            trainable = sum(p.numel() for p in child.parameters() if p.requires_grad)
-            lines.append(f"{f'{prefix}.{name}':<34} {total:>14,} {trainable:>14,}")
-    return "\n".join(lines)
+    """Return a table of the parameters and the trainable parameters of each part, every parameter in one row."""
+    parts: dict[str, list[int]] = {}
+    for name, parameter in module.named_parameters():
+        counts = parts.setdefault(".".join(name.split(".")[:2]), [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() * parameter.requires_grad
+    rows = [f"{part:<34} {total:>14,} {trainable:>14,}" for part, (total, trainable) in parts.items()]
+    return "\n".join([f"{'part':<34} {'parameters':>14} {'trainable':>14}", *rows])
 
 
 def _depths(names: Iterable[str]) -> dict[str, int]:
@@ -161,6 +165,6 @@ def _layers_above(name: str, depths: Mapping[str, int]) -> int:
     if match:
         return depths[match[1]] - int(match[2])
     for prefix, depth in depths.items():
-        if name.startswith(f"{prefix}.") and "embed" in name:  # what stands below the first layer
+        if name.startswith(f"{prefix}.") and _BELOW_LAYERS.search(name.removeprefix(prefix)):
             return depth + 1
     return 0

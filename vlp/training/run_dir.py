@@ -65,13 +65,15 @@ def create(directory: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Own the run directory; the operating system frees the lock when the process dies, however it dies.
 
+    A POSIX lock, because it is the process's own: `flock` would live on in forked loader workers that outlive a kill.
+
     Raises:
         StopRun: another process owns it (exit 77).
     """
     file = (directory / "run.lock").open("a+", encoding="utf-8")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = _first_line(file)
             message = f"{directory} is in use by {owner or 'another process'}; stop it or choose another run.name."

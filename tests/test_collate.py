@@ -1,0 +1,51 @@
+import numpy as np
+import torch
+
+from vlp.data.collate import collate
+from vlp.data.fields import Sample
+from vlp.data.text import load_tokenizer, train_tokenizer
+from vlp.types import Reason
+
+SHAPE = (3, 5, 7, 3)  # T H W 3
+
+
+def sample(num_frames: int, caption: str, *, sample_id: int = 4, status: Reason = Reason.OK) -> Sample:
+    frames = np.full((num_frames, *SHAPE[1:]), 9, np.uint8)
+    return Sample(frames, np.arange(num_frames) + 0.5, caption, sample_id, -(2**63), status, "", 0.1)
+
+
+def tokenizer(tmp_path):
+    train_tokenizer(["a red ball moves to the left and then up again"], vocab_size=200, path=tmp_path / "t.json")
+    return load_tokenizer(str(tmp_path / "t.json"), max_length=12)
+
+
+def test_short_clip_is_padded_and_masked_in_reused_memory(tmp_path):
+    buffer = torch.full((1000,), 77, dtype=torch.uint8)
+    batch = collate([sample(2, "a"), sample(3, "ball")], tokenizer(tmp_path), shape=SHAPE, buffer=buffer)
+    assert batch.frames.shape == (2, *SHAPE) and batch.frames.data_ptr() == buffer.data_ptr()
+    assert (batch.frames[0, :2] == 9).all() and (batch.frames[0, 2] == 0).all() and (batch.frames[1] == 9).all()
+    assert batch.frame_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.times_s.tolist() == [[0.5, 1.5, 0.0], [0.5, 1.5, 2.5]]
+
+
+def test_fields_have_the_types_of_the_contract(tmp_path):
+    batch = collate([sample(3, "a red ball")], tokenizer(tmp_path), shape=SHAPE)
+    integers = (batch.text_ids, batch.word_ids, batch.status, batch.sample_id, batch.key)
+    assert batch.frames.dtype == torch.uint8 and batch.times_s.dtype == torch.float32
+    assert {x.dtype for x in integers} == {torch.int64}
+    assert {x.dtype for x in (batch.frame_mask, batch.text_mask, batch.valid)} == {torch.bool}
+    assert batch.key.item() == -(2**63) and batch.sample_id.item() == 4
+
+
+def test_text_is_padded_to_a_multiple_of_eight_up_to_the_maximum(tmp_path):
+    words = tokenizer(tmp_path)
+    assert collate([sample(3, "ball"), sample(3, "")], words, shape=SHAPE).text_ids.shape == (2, 8)
+    assert collate([sample(3, "ball " * 9)], words, shape=SHAPE).text_ids.shape == (1, 12)
+
+
+def test_tombstone_is_not_valid_but_has_whole_masks(tmp_path):
+    bad = sample(3, "", status=Reason.CHECKSUM)
+    batch = collate([sample(3, "a"), bad], tokenizer(tmp_path), shape=SHAPE)
+    assert batch.valid.tolist() == [True, False]
+    assert batch.status.tolist() == [Reason.OK, Reason.CHECKSUM]
+    assert batch.frame_mask[1].all() and batch.text_mask[1].any()

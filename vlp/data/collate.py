@@ -1,0 +1,53 @@
+"""Samples to a batch.
+
+Axes: B clips, T frames, H W pixels, L text length.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlp.data.fields import Sample
+from vlp.data.text import Tokenizer
+from vlp.types import Batch, Reason
+
+
+def collate(
+    samples: Sequence[Sample], tokenizer: Tokenizer, *, shape: tuple[int, int, int, int], buffer: Tensor | None = None
+) -> Batch:
+    """Stack samples into a batch of clips of `shape` [T, H, W, 3]; a shorter clip is padded at its end.
+
+    Text is padded to the longest caption, rounded up to a multiple of 8: few lengths, few compilations. A tombstone
+    keeps whole masks, because attention over nothing is not a number; `valid` says that it does not count.
+
+    Args:
+        samples: of one rank. tokenizer: of the captions.
+        buffer: uint8 memory for the frames, which are then written once, where another process can read them.
+    """
+    num_bytes = len(samples) * math.prod(shape)
+    buffer = torch.empty(num_bytes, dtype=torch.uint8) if buffer is None else buffer
+    frames = buffer[:num_bytes].view(len(samples), *shape)  # [B, T, H, W, 3]
+    frame_mask = torch.zeros(frames.shape[:2], dtype=torch.bool)  # [B, T]
+    times_s = torch.zeros(frames.shape[:2])  # [B, T]
+    for row, sample in enumerate(samples):
+        real = len(sample.frames)
+        frames[row, :real] = torch.from_numpy(sample.frames)
+        frames[row, real:] = 0
+        frame_mask[row, :real] = True
+        times_s[row, :real] = torch.from_numpy(sample.times_s)
+    text = tokenizer.encode([sample.caption for sample in samples])
+    status = torch.tensor([sample.status for sample in samples], dtype=torch.int64)
+    return Batch(
+        frames=frames,
+        frame_mask=frame_mask,
+        times_s=times_s,
+        text_ids=text.ids,
+        text_mask=text.mask,
+        word_ids=text.word_ids,
+        valid=status == Reason.OK,
+        status=status,
+        sample_id=torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
+        key=torch.tensor([sample.key for sample in samples], dtype=torch.int64),
+    )

@@ -1,0 +1,274 @@
+"""Sources of shards; and from a row of a shard to a sample, or to a tombstone that says why there is none.
+
+    row of the index --> bytes, checksum --> caption --> times --> decode --> transforms --> Sample
+                     \\--> whatever is wrong with it: SampleError --> tombstone with the reason, in the same place
+
+Axes: T frames, H W pixels.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from vlp.data import storage
+from vlp.data.columns import IndexFileError
+from vlp.data.decode import DecodeError, decode
+from vlp.data.index import ShardIndex, build_index, fingerprint, index_url, meta_of, open_index, read_part
+from vlp.data.plan import PADDING
+from vlp.data.rng import generator, sample_key
+from vlp.types import Reason, SampleError
+
+Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # uint8 [T, H, W, 3], one decision for all frames
+
+_MAX_OPEN = 1024  # mapped indexes of a process; the lanes of a rank read num_lanes / world_size windows at a time
+
+
+class Source(Protocol):
+    """Shards with an index beside each. Sources are `Shards`, `vlp.data.folder.Folder`, `vlp.data.synthetic.World`."""
+
+    def prepare(self) -> None:
+        """Make what is missing, once, whoever calls it how often. Raises ValueError for what the user must change."""
+        ...
+
+    def shards(self, split: str) -> list[str]:
+        """Return the URLs of the .tar files of "train" or "test", after `prepare`."""
+        ...
+
+    def dropped(self) -> list[dict[str, str]]:
+        """Return what was lost before it became a sample: "key", "where", "reason" and "detail" of each."""
+        ...
+
+    def test_is_train(self) -> bool:
+        """Return whether the test split holds training samples."""
+        ...
+
+
+class Shards:
+    """Tar shards that exist already; the indexes that are missing are made."""
+
+    def __init__(self, *, train: Sequence[str] = (), test: Sequence[str] = ()) -> None:
+        """Take paths or URLs, in which {000..123} stands for a range."""
+        self._shards = {
+            "train": [url for pattern in train for url in storage.expand(pattern)],
+            "test": [url for pattern in test for url in storage.expand(pattern)],
+        }
+
+    def prepare(self) -> None:
+        """Index the shards that have no index. Of several processes one indexes a shard, the others wait for it.
+
+        Raises:
+            ValueError: a shard is missing or damaged, or its index cannot be written; names it.
+        """
+        everything = dict.fromkeys([*self._shards["train"], *self._shards["test"]])
+        missing = [shard for shard in everything if not os.path.exists(storage.local_path(index_url(shard)))]
+        for shard in tqdm(missing, desc="indexing shards", unit="shard", disable=None):
+            try:
+                self._index(shard)
+            except (OSError, storage.StorageError) as error:
+                raise ValueError(
+                    f"shard {shard!r} cannot be indexed: {error}; run: python -m vlp.data.index"
+                ) from error
+
+    def shards(self, split: str) -> list[str]:
+        """Return the shards of "train" or "test"."""
+        return self._shards[split]
+
+    def dropped(self) -> list[dict[str, str]]:
+        """Return an empty list: unusable samples keep their rows in the index."""
+        return []
+
+    def test_is_train(self) -> bool:
+        """Return whether a shard is in both splits."""
+        return not set(self._shards["train"]).isdisjoint(self._shards["test"])
+
+    def _index(self, shard: str) -> None:
+        path = storage.local_path(index_url(shard))
+        with open(storage.local_path(shard), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of the shard itself: no lock file is left behind
+            if not os.path.exists(path):
+                build_index(shard).save(path)
+
+
+class Sampling(Protocol):
+    """Chooses at most `num_frames` times of a video, in seconds; without a generator the centred ones."""
+
+    @property
+    def num_frames(self) -> int: ...
+
+    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray: ...
+
+
+class Clips(NamedTuple):
+    """How a video becomes a clip."""
+
+    sampling: Sampling
+    transforms: Sequence[Transform]
+    short_side: int | None  # pixels of the shorter side when decoded; None = as coded
+
+    def shape(self) -> tuple[int, int, int, int]:
+        """Return [T, H, W, 3] of every clip. Raises ValueError if its size depends on the video."""
+        side = self.short_side or 64
+        sizes = {
+            self.transformed(np.zeros((1, *size, 3), np.uint8), 0).shape for size in ((side, 2 * side), (side, side))
+        }
+        if len(sizes) > 1 or len(next(iter(sizes))) != 4:
+            raise ValueError(
+                f"the transforms make {' and '.join(map(str, sorted(sizes)))} of videos of different shapes; "
+                "add one with a fixed size, such as vlp.data.transforms.CenterCrop."
+            )
+        return (self.sampling.num_frames, *next(iter(sizes))[1:])
+
+    def transformed(self, frames: np.ndarray, key: int) -> np.ndarray:
+        """Apply all transforms to frames [T, H, W, 3] with the randomness of a sample."""
+        rng = generator(key, "crop")
+        for transform in self.transforms:
+            frames = transform(frames, rng)
+        return frames
+
+
+class Sample(NamedTuple):
+    """One slot of a batch. Where `status` is not OK the frames are black and the caption is empty."""
+
+    frames: np.ndarray  # [T, H, W, 3] uint8, T at most that of the clip
+    times_s: np.ndarray  # [T] float64, seconds from the first frame of the video
+    caption: str
+    sample_id: int
+    key: int  # of all its randomness
+    status: Reason
+    detail: str
+    decode_s: float  # seconds that decoding took
+
+
+class ClipReader:
+    """The samples of one split of one source, by their position in the concatenation of its shards. Can be pickled.
+
+    Every random choice is a function of (seed, epoch, source, sample id): readers have no state but a cache of indexes.
+    """
+
+    def __init__(self, shards: Sequence[str], *, clips: Clips, seed: int, source: int, train: bool) -> None:
+        """Open every index once. Raises IndexFileError and StorageError, which name the shard and the remedy."""
+        self.clips, self.seed, self.source, self.train = clips, seed, source, train
+        self.shards, self.shape = list(shards), clips.shape()
+        self._by_reason = np.zeros((len(self.shards), len(Reason)), dtype=np.int64)
+        self.fingerprint = fingerprint(self._opened())
+        self._ends = np.cumsum(self._by_reason.sum(axis=1))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard, [S] int64, unusable ones included."""
+        return self._by_reason.sum(axis=1)
+
+    @property
+    def by_reason(self) -> dict[Reason, int]:
+        """How many samples have each status in the index, without those that none has."""
+        return {reason: int(n) for reason, n in zip(Reason, self._by_reason.sum(axis=0), strict=True) if n}
+
+    def read(self, sample_id: int, epoch: int) -> Sample:
+        """Return a sample; a tombstone if anything is wrong with it, or if `sample_id` is PADDING."""
+        if sample_id == PADDING:
+            return self.tombstone(sample_id, epoch, Reason.PADDING)
+        try:
+            return self._read(sample_id, sample_key(self.seed, epoch, self.source, sample_id))
+        except SampleError as error:
+            return self.tombstone(sample_id, epoch, error.reason, error.detail)
+
+    def tombstone(self, sample_id: int, epoch: int, reason: Reason, detail: str = "") -> Sample:
+        """Return what stands in the place of a sample that cannot be used."""
+        key = sample_key(self.seed, epoch, self.source, sample_id)
+        frames, times_s = np.zeros(self.shape, np.uint8), np.zeros(self.shape[0])
+        return Sample(frames, times_s, "", sample_id, key, reason, detail, 0.0)
+
+    def meta(self, sample_id: int) -> dict[str, Any]:
+        """Return the whole record of a sample, "captions" and what else it has. Raises SampleError."""
+        return meta_of(*self._locate(sample_id))
+
+    def key_of(self, sample_id: int) -> str:
+        """Return the key of a sample in its shard."""
+        index, row = self._locate(sample_id)
+        return index.key(row)
+
+    def shard_of(self, sample_id: int) -> str:
+        """Return the URL of the shard of a sample."""
+        return self.shards[self._place(sample_id)[0]]
+
+    def detail_of(self, sample_id: int) -> str:
+        """Return what the index says against a sample, "" if nothing."""
+        index, row = self._locate(sample_id)
+        return index.detail(row)
+
+    def unusable(self, limit: int) -> Iterator[tuple[int, Reason]]:
+        """Yield id and reason of the first samples that the index calls unusable; opens only shards that have some."""
+        for shard in np.flatnonzero(self._by_reason[:, Reason.OK + 1 :].sum(axis=1)):
+            status = _index(self.shards[shard]).columns["status"]
+            rows = np.flatnonzero(status != Reason.OK)[:limit]
+            first = self._ends[shard] - len(status)
+            yield from ((int(first + row), Reason(status[row])) for row in rows)
+            limit -= len(rows)
+            if not limit:
+                return
+
+    def captions(self, max_samples: int) -> Iterator[str]:
+        """Yield all captions of at most so many usable samples, spread evenly; unreadable ones are left out."""
+        for sample_id in np.unique(np.linspace(0, len(self) - 1, min(max_samples, len(self))).round().astype(int)):
+            try:
+                yield from self.meta(int(sample_id))["captions"]
+            except SampleError:
+                continue  # counted when training reads it
+
+    def _read(self, sample_id: int, key: int) -> Sample:
+        index, row = self._locate(sample_id)
+        where = (index.key(row), index.shard)
+        if index.status(row) != Reason.OK:
+            raise SampleError(index.status(row), *where, index.detail(row))
+        caption = self._choose(meta_of(index, row)["captions"], key)
+        video, facts = read_part(index, row, "video"), index.facts(row)
+        assert facts is not None, "a row that is OK has been probed"
+        times_s = self.clips.sampling(facts.duration_s, facts.fps, generator(key, "times") if self.train else None)
+        began = time.perf_counter()
+        try:
+            decoded = decode(video, times_s, short_side=self.clips.short_side, key_frames=facts.key_frames)
+        except DecodeError as error:
+            raise SampleError(error.reason, *where, error.detail) from error
+        decode_s = time.perf_counter() - began
+        frames = self.clips.transformed(decoded.frames, key)
+        if frames.shape[1:] != self.shape[1:]:
+            raise ValueError(
+                f"{where[0]}: the transforms gave {frames.shape[1:3]} and not {self.shape[1:3]}; fix the size."
+            )
+        return Sample(frames, decoded.times_s, caption, sample_id, key, Reason.OK, "", decode_s)
+
+    def _choose(self, captions: Sequence[str], key: int) -> str:
+        return captions[int(generator(key, "caption").integers(len(captions)))] if self.train else captions[0]
+
+    def _place(self, sample_id: int) -> tuple[int, int]:
+        """Return the shard and the row of a sample."""
+        assert 0 <= sample_id < len(self), f"sample {sample_id} of {len(self)}"
+        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
+        return shard, int(sample_id - self._ends[shard] + self._by_reason[shard].sum())
+
+    def _locate(self, sample_id: int) -> tuple[ShardIndex, int]:
+        shard, row = self._place(sample_id)
+        try:
+            return _index(self.shards[shard]), row
+        except (IndexFileError, storage.StorageError) as error:  # it was there when the run began
+            raise SampleError(Reason.READ_FAILED, f"sample {row}", self.shards[shard], str(error)) from error
+
+    def _opened(self) -> Iterator[ShardIndex]:
+        for number, shard in enumerate(self.shards):
+            index = open_index(shard)
+            self._by_reason[number] = np.bincount(index.columns["status"], minlength=len(Reason))
+            yield index
+
+
+@lru_cache(maxsize=_MAX_OPEN)
+def _index(shard: str) -> ShardIndex:
+    return open_index(shard)

@@ -1,0 +1,144 @@
+"""What a trainer iterates over: this rank's micro-batches of each optimizer step, and its batches of a test split.
+
+    step --schedule--> source, its cursor --plan--> sample ids of this rank --reader--> samples --collate--> Batch
+
+All of it is a function of the step, so a loader begins anywhere, and which worker does what changes nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from vlp.data.collate import collate
+from vlp.data.fields import ClipReader
+from vlp.data.mix import Schedule
+from vlp.data.plan import Plan
+from vlp.data.text import Tokenizer
+from vlp.data.workers import Workers, ordered
+from vlp.types import Batch, Reason
+
+
+class StepBatch(NamedTuple):
+    """What one rank trains on in one optimizer step."""
+
+    batches: tuple[Batch, ...]  # micro-batches of equal size
+    step: int
+    source: int  # number of the source that all ranks read in this step
+    decode_s: float  # mean seconds that a clip took to decode
+
+
+class Part(NamedTuple):
+    """One source of the mix."""
+
+    reader: ClipReader
+    plan: Plan
+
+
+class MicroBatches:
+    """Work of the loader: job number j is micro-batch j % accumulate of step j // accumulate, for one rank."""
+
+    def __init__(
+        self,
+        parts: Mapping[int, Part],
+        *,
+        schedule: Schedule,
+        tokenizer: Tokenizer,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """`parts` by number of the source; those that the schedule never draws may be absent."""
+        self.parts, self.schedule, self.tokenizer = dict(parts), schedule, tokenizer
+        self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+        plan = next(iter(self.parts.values())).plan
+        self.num_clips = plan.global_batch // (world_size * accumulate)  # of a micro-batch
+        self.buffer_bytes = self.num_clips * max(math.prod(part.reader.shape) for part in self.parts.values())
+
+    def __call__(
+        self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor
+    ) -> tuple[Batch, float]:
+        """Return the micro-batch and the mean seconds of decoding one of its clips."""
+        step, micro = divmod(job, self.accumulate)
+        source, cursor = self.schedule.turn(step)
+        reader, plan = self.parts[source]
+        epoch, place = divmod(cursor, plan.num_steps)
+        slots = plan.rank_slots(epoch, place, self.rank, self.world_size)
+        ids = slots[micro * self.num_clips : (micro + 1) * self.num_clips]
+        return _batch(reader, ids, self.tokenizer, epoch=epoch, begin=begin, skip=skip, buffer=buffer)
+
+
+class SplitBatches:
+    """Work of the loader: job number j is the j-th batch of one rank's share of a split, in the order of the index."""
+
+    def __init__(
+        self, reader: ClipReader, *, tokenizer: Tokenizer, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self.reader, self.tokenizer, self.batch_size = reader, tokenizer, batch_size
+        self.ids = range(rank, len(reader), world_size)
+        self.num_batches = -(-len(self.ids) // batch_size)
+        self.buffer_bytes = batch_size * math.prod(reader.shape)
+
+    def __call__(self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor) -> Batch:
+        """Return a batch; the last one may be shorter."""
+        ids = self.ids[job * self.batch_size : (job + 1) * self.batch_size]
+        return _batch(self.reader, ids, self.tokenizer, epoch=0, begin=begin, skip=skip, buffer=buffer)[0]
+
+
+class StepLoader:
+    """The StepBatches of `num_steps` steps from `start_step` on."""
+
+    def __init__(self, work: MicroBatches, *, start_step: int, num_steps: int, workers: Workers) -> None:
+        self._work, self._workers = work, workers
+        self._steps = range(start_step, start_step + num_steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        count = self._work.accumulate
+        jobs = range(self._steps.start * count, self._steps.stop * count)
+        with closing(ordered(self._work, jobs, self._workers)) as results:
+            for step in self._steps:
+                micro = [next(results) for _ in range(count)]
+                decode_s = sum(seconds for _, seconds in micro) / count
+                yield StepBatch(
+                    tuple(batch for batch, _ in micro), step, self._work.schedule.turn(step).source, decode_s
+                )
+
+
+class SplitLoader:
+    """The batches of one rank's share of a split."""
+
+    def __init__(self, work: SplitBatches, *, workers: Workers) -> None:
+        self._work, self._workers = work, workers
+
+    def __len__(self) -> int:
+        return self._work.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ordered(self._work, range(len(self)), self._workers)
+
+
+def _batch(
+    reader: ClipReader,
+    ids: Sequence[int] | np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    epoch: int,
+    begin: Callable[[int], None],
+    skip: Mapping[int, Reason],
+    buffer: Tensor,
+) -> tuple[Batch, float]:
+    samples = []
+    for number, sample_id in enumerate(map(int, ids)):
+        begin(number)
+        if number in skip:
+            samples.append(reader.tombstone(sample_id, epoch, skip[number], "its loader worker was lost twice"))
+        else:
+            samples.append(reader.read(sample_id, epoch))
+    batch = collate(samples, tokenizer, shape=reader.shape, buffer=buffer)
+    return batch, sum(sample.decode_s for sample in samples) / max(1, sum(sample.decode_s > 0 for sample in samples))
