@@ -72,7 +72,9 @@ def _add_stream(output, kind, *, codec, size, pix_fmt, options):
     stream = output.add_stream(codec, rate=30, options=options or {})
     stream.width, stream.height = size
     stream.pix_fmt = pix_fmt
-    stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK if codec != "mpeg4" else 30)
+    # MPEG-4 knows no finer clock than the frame rate, and AVI would fill a finer one with empty frames.
+    coarse = codec == "mpeg4" or output.format.name == "avi"
+    stream.time_base = stream.codec_context.time_base = Fraction(1, 30 if coarse else CLOCK)
     stream.codec_context.thread_count = 1
     return stream
 
@@ -139,6 +141,26 @@ def with_edits(data: bytes, *edits: tuple[int, int]) -> bytes:
         start = patched.index(box) - 4
         grown = int.from_bytes(patched[start : start + 4]) + len(table) - size
         patched[start : start + 4] = grown.to_bytes(4)
+    return bytes(patched)
+
+
+def damaged(data: bytes, number: int) -> bytes:
+    """Overwrite the second half of packet `number` (in decoding order)."""
+    with av.open(io.BytesIO(data)) as source:
+        packet = [packet for packet in source.demux(video=0) if packet.size][number]
+        start, end = packet.pos + packet.size // 2, packet.pos + packet.size
+    return data[:start] + b"\x55" * (end - start) + data[end:]
+
+
+def without_times(data: bytes) -> bytes:
+    """Take the timestamps out of an MPEG-TS file, except those of its random access points."""
+    patched = bytearray(data)
+    for at in range(0, len(data), 188):
+        extra = data[at + 4] + 1 if data[at + 3] & 0x20 else 0  # bytes of the adaptation field
+        head = at + 4 + extra
+        if data[head : head + 3] == b"\0\0\1" and not (extra > 1 and data[at + 5] & 0x40):
+            patched[head + 7] &= 0x3F
+            patched[head + 9 : head + 9 + data[head + 8]] = b"\xff" * data[head + 8]
     return bytes(patched)
 
 

@@ -1,4 +1,3 @@
-import json
 import pickle
 import threading
 from pathlib import Path
@@ -7,14 +6,13 @@ import numpy as np
 import pytest
 from clips import clip, numbers
 
-from vlp.data import storage
 from vlp.data.fields import ClipReader, Clips, Shards
 from vlp.data.index import build_index, index_url, open_index
 from vlp.data.plan import PADDING
 from vlp.data.rng import generator, sample_key
 from vlp.data.sampling import Fps, Segments
 from vlp.data.shards import Raw, write_shards
-from vlp.data.transforms import CenterCrop, RandomResizedCrop
+from vlp.data.transforms import CenterCrop, PadToSquare, RandomResizedCrop
 from vlp.types import Reason, SampleError
 
 VIDEO = clip(20)  # 20 frames, 30 fps, 96 x 64
@@ -62,8 +60,8 @@ def test_test_sample_is_the_centred_clip_with_its_first_caption(shards):
 
 
 def test_frames_are_those_of_the_times(shards):
-    whole = Clips(Segments(num_frames=4), [], 64)
-    sample = reader(shards, clips=Clips(whole.sampling, [lambda frames, rng: frames[:, :64, :96]], 64)).read(0, 3)
+    whole = [PadToSquare(size=96), lambda frames, rng: frames[:, 16:80]]  # 64 x 96 again
+    sample = reader(shards, clips=Clips(TRAIN.sampling, whole, 64)).read(0, 3)
     assert numbers(sample.frames) == np.round(sample.times_s * 30).astype(int).tolist()
 
 
@@ -91,10 +89,10 @@ def test_shorter_clip_keeps_its_number_of_frames(shards):
 
 def test_bad_row_of_the_index_is_a_tombstone(shards):
     sample = reader(shards).read(3, 0)
-    assert sample.status == Reason.VIDEO_BROKEN and "container" in sample.detail
+    assert sample.status == Reason.VIDEO_BROKEN and sample.detail == reader(shards).detail_of(3) != ""
     assert sample.frames.shape == (4, 24, 24, 3) and not sample.frames.any() and sample.caption == ""
     assert list(reader(shards).unusable(9)) == [(3, Reason.VIDEO_BROKEN)]
-    assert list(reader(shards).unusable(0)) == []
+    assert [i for i, _ in reader(shards * 3).unusable(2)] == [3, 8]
 
 
 def test_padding_is_a_tombstone(shards):
@@ -185,9 +183,8 @@ def test_shards_expand_and_are_indexed_once(shards, tmp_path):
 
 
 def test_shard_that_is_missing_or_damaged_is_named(shards, tmp_path):
-    with pytest.raises(ValueError, match="no-such.tar' cannot be indexed"):
+    with pytest.raises(ValueError, match=r"no-such\.tar' cannot be indexed"):
         Shards(train=[str(tmp_path / "no-such.tar")]).prepare()
     (tmp_path / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:3000])
-    with pytest.raises(ValueError, match="cut.tar"):
+    with pytest.raises(ValueError, match=r"cut\.tar"):
         Shards(train=[str(tmp_path / "cut.tar")]).prepare()
-    assert json.dumps(Shards().dropped()) == "[]" and storage.expand("a") == ["a"]

@@ -38,7 +38,7 @@ class Model(nn.Module):
     @quantity
     def text(self, words: float) -> float:
         self.calls["text"] += 1
-        return [10 * word * (self.ear is not None) for word in [words]][0]
+        return sum([10 * word * (self.ear is not None) for word in [words]])
 
     @quantity
     def both(self, video: float, text: float) -> Pair:
@@ -213,12 +213,12 @@ def test_wrong_names_are_refused_with_the_fix(text, message):
 def test_views_that_write_the_same_are_refused_together_only():
     graph, _ = make(cover=Cover(), louder=Cover())
     assert graph.plan(["text:cover", "text:louder"])
-    with pytest.raises(GraphError, match="'cover' and 'louder' both write .*; name only one"):
+    with pytest.raises(GraphError, match=r"'cover' and 'louder' both write .*; name only one"):
         graph.node("text:cover+louder")
 
 
 def test_a_view_that_is_not_configured_is_refused_with_the_views_that_are():
-    with pytest.raises(GraphError, match="there is no view 'wrong'; known: hide."):
+    with pytest.raises(GraphError, match=r"there is no view 'wrong'; known: hide\."):
         make(hide=Hide())[0].node("text:wrong")
 
 
@@ -296,7 +296,7 @@ def test_with_fields_twice_keeps_the_first_change():
 
 
 def test_with_fields_refuses_what_is_no_batch_field():
-    with pytest.raises(AssertionError, match="not batch fields: {'labels'}"):
+    with pytest.raises(AssertionError, match=r"not batch fields: {'labels'}"):
         make()[1].with_fields(labels=1.0)
 
 

@@ -182,6 +182,16 @@ def test_each_cut_is_refused_or_keeps_exactly_the_samples_before_it(shard):
         assert damaged(shard) == [key for key in ends if key not in before]
 
 
+def test_a_sample_without_a_part_that_the_others_have_is_lost_at_a_cut(shard):
+    record = b'{"captions": ["a", "b"]}'
+    files = {f"k{i}.{kind}": data for i in range(3) for kind, data in (("mp4", SHORT), ("txt", b"a"), ("json", record))}
+    whole = indexed(shard, files)
+    for row, name, good in ((1, "json", ["k0"]), (2, "video", ["k0", "k1"])):
+        os.truncate(write(shard, files), whole.part(row, name).offset - 100)  # inside the header
+        kept = build_index(str(shard), on_damage="keep")
+        assert [key for key, status in statuses(kept).items() if status == Reason.OK] == good
+
+
 def damaged(shard) -> list[str]:
     """Return the keys that a check names."""
     return sorted({line.partition(":")[0] for line in check_shard(str(shard)) if line.startswith("k")})
@@ -352,3 +362,10 @@ def test_the_command_line_goes_on_after_a_bad_shard(tmp_path, capsys):
 def test_the_command_line_refuses_urls_without_opening_them(url, capsys):
     assert main([url]) == 78
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_command_line_says_that_an_index_cannot_be_written(shard, capsys):
+    write(shard, MANY)
+    os.mkdir(index_url(str(shard)))
+    assert main([str(shard)]) == 73
+    assert capsys.readouterr().out.splitlines() == [f"{index_url(str(shard))}: cannot be written: Is a directory"]

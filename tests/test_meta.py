@@ -56,6 +56,7 @@ def test_a_broken_text_is_broken_also_beside_a_good_record(text):
         b'{"n": ' + b"9" * 9999 + b"}",
         b"[" * 200000,
         b'{"caption": "' + b"x" * (MAX_TEXT + 1) + b'"}',
+        b'{"caption": "a", "x": "' + b"x" * MAX_JSON + b'"}',
         b'{"caption": "' + b"x" * MAX_JSON + b'"}',
     ],
 )

@@ -140,6 +140,7 @@ def test_large_plan_is_fast_and_small():
     [
         ({"global_batch": 10, "num_lanes": 4, "world_size": 1}, "set batch_size to 8 or num_lanes to a divisor of 10"),
         ({"global_batch": 12, "num_lanes": 12, "world_size": 5}, "use a world size of 1 or 2 or 3 or 4 or 6 or 12"),
+        ({"global_batch": 12, "num_lanes": 6, "world_size": 4}, "use a world size of 1 or 2 or 3 or 6,"),
         ({"global_batch": 12, "num_lanes": 6, "world_size": 6, "accumulate": 4}, "use a world size of 1 or 3,"),
         ({"global_batch": 12, "num_lanes": 6, "world_size": 1, "accumulate": 5}, "accumulate to a divisor of 12"),
     ],
@@ -147,6 +148,12 @@ def test_large_plan_is_fast_and_small():
 def test_layout_that_does_not_divide_is_refused_with_the_fix(layout, message):
     with pytest.raises(ValueError, match=message):
         check_layout(**layout)
+
+
+def test_rank_of_a_world_that_does_not_divide_the_lanes_is_refused():
+    plan = Plan(np.array([9]), seed=0, num_lanes=3, window_shards=1, global_batch=6)
+    with pytest.raises(ValueError, match="world_size=2 does not fit num_lanes=3"):
+        plan.rank_slots(0, 0, 0, 2)
 
 
 def test_source_smaller_than_one_batch_is_refused_with_the_fix():

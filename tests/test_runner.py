@@ -101,7 +101,7 @@ def process(rank, folder):
     for world in (3, 2):
         store = torch_dist.FileStore(str(folder / f"store{world}"), world)
         if rank < world:
-            options = {"store": store, "rank": rank, "world_size": world, "timeout": timedelta(seconds=60)}
+            options = {"store": store, "rank": rank, "world_size": world, "timeout": timedelta(seconds=240)}
             torch_dist.init_process_group("gloo", **options)
             everything(rank, world, folder)
             torch_dist.barrier()

@@ -77,11 +77,19 @@ def test_negatives_are_possible_scenes_of_the_same_split(split):
 
 
 def test_no_object_acts_before_it_is_there_or_after_it_is_gone():
-    for one in TRAIN:
+    for one in [*TRAIN, *(other for one in TRAIN for other in negatives(one))]:
         for number in range(len(one.objects)):
             kinds = [event.kind for event in one.events if event.target == number]
             assert "appear" not in kinds[1:] or kinds == ["vanish", "appear"]
             assert "vanish" not in kinds[:-1] or kinds == ["vanish", "appear"]
+
+
+def test_negative_of_a_stop_is_a_wait():
+    stops = [one for one in TRAIN if one.events[-1].kind == "stop"]
+    for one in stops:
+        (other,) = (other for other in negatives(one) if other.events[0].kind == "wait")
+        assert other.events[1].kind == one.events[0].kind and other.objects == one.objects
+    assert len(stops) > 5
 
 
 def test_opposite_events_are_equally_frequent():

@@ -33,6 +33,8 @@ def test_read_outside_the_file_is_an_error_that_names_it(url, offset, count):
 
 def test_what_is_no_regular_file_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(StorageError, match="not a regular file"):
+        read(str(tmp_path / "fifo"), 0, 0)
     for name in ("fifo", "missing", "."):
         with pytest.raises(StorageError, match=str(tmp_path)):
             read(str(tmp_path / name), 0, 1)
@@ -64,7 +66,8 @@ def test_a_file_cut_after_it_was_opened_is_an_error(url):
         "file://host/a.tar",
         "file:a.tar",
         "file:///a%00b",
-        "htmx:x",
+        "pipe:/bin/cat",
+        "http:///etc/passwd",
     ],
 )
 def test_schemes_outside_the_allowed_ones_are_refused(url):

@@ -142,6 +142,7 @@ def test_a_base_256_size_is_read_and_kept_inside_the_archive():
         pax(**{"GNU.sparse.realsize": "3"}),
         pax(linkpath="b"),
         pax(size="-3"),
+        pax(size="+3"),
         pax(size="3") * 2,
         b"99 path=b\n",
         b"path=b\n",
@@ -157,6 +158,11 @@ def test_pax_records_outside_the_subset_are_refused(payload):
 def test_pax_path_and_size_are_used_where_they_agree_with_the_header():
     (member,) = listed(extended(b"x", pax(size="3", path="b.txt", comment="c", mtime="1.5")))
     assert member == Member("b.txt", 3 * BLOCK, 3)
+
+
+def test_a_gnu_long_name_ends_with_its_nul():
+    assert listed(extended(b"L", b"b.txt\0"))[0].name == "b.txt"
+    assert "without its NUL" in refused(extended(b"L", b"b.txt")).rule
 
 
 def test_a_global_pax_header_may_not_name_members():

@@ -49,5 +49,5 @@ def test_scale_is_float32_in_a_half_precision_model():
 
 @pytest.mark.parametrize("arguments", [{"init": 0.001}, {"init": 2.0}, {"min_temperature": 0.0}, {"init": math.nan}])
 def test_values_outside_the_bounds_are_refused(arguments):
-    with pytest.raises(ValueError, match="must lie between min_temperature=.* change model.temperature"):
+    with pytest.raises(ValueError, match=r"must lie between min_temperature=.* change model.temperature"):
         Temperature(**arguments)

@@ -53,6 +53,13 @@ def test_text_of_padding_alone_is_finite_forward_and_backward(family):
     assert x.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_text_of_padding_alone_reads_its_first_token_in_place_of_nothing():
+    model, nothing = build().eval(), torch.zeros_like(MASK)
+    first = torch.arange(L).expand(B, -1) == 0
+    torch.testing.assert_close(model(ids(), nothing).x, model(ids(), first).x)
+    assert not model(ids(), nothing).mask.any()
+
+
 @FAMILIES
 def test_text_builds_on_the_meta_device(family):
     with torch.device("meta"):
@@ -87,6 +94,20 @@ def test_local_directory_loads_its_weights(tmp_path):
     assert model.training and "pooler" not in dict(model.model.named_children())
     expected = source(input_ids=ids(), attention_mask=MASK).last_hidden_state
     torch.testing.assert_close(model.eval()(ids(), MASK).x[MASK], expected[MASK])
+
+
+def test_local_directory_in_half_precision_is_read_as_float32(tmp_path):
+    save_bert(tmp_path).bfloat16().save_pretrained(tmp_path)
+    model = HuggingFaceText(name=str(tmp_path), vocab_size=VOCAB, pad_id=1, max_length=9)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_local_directory_that_lacks_weights_names_them(tmp_path):
+    source = save_bert(tmp_path)
+    source.config.num_hidden_layers = 3
+    source.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 16 weights \(encoder.layer.2"):
+        HuggingFaceText(name=str(tmp_path), vocab_size=VOCAB, pad_id=1, max_length=9)
 
 
 def test_text_tower_of_a_two_tower_model_loads(tmp_path):

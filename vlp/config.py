@@ -13,9 +13,11 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,13 +26,25 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+from yaml import YAMLError
 
 CONF = Path(__file__).parent.parent / "conf"
 ALLOWED = ("vlp.", "torch.optim.", "torch.nn.", "pytorch_lightning.loggers.")
 NODE_KEYS = {"_target_", "_partial_", "facts"}  # of a node; the others are arguments of its target
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
+_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
+_BESIDE_ARGUMENTS = {  # types of what a node may hold that is no argument
+    "_target_": str,
+    "_partial_": bool,
+    "facts": dict[str, Any] | None,
+    "weight": float,
+    "inputs": dict[str, str | list[str]] | None,
+}
 
-Node = Any  # an open map that carries `_target_`
+
+class Node:
+    """The type of a part in the schema: an open map that carries `_target_`."""
 
 
 class Parts(frozenset[str]):
@@ -163,7 +177,7 @@ def load(overrides: Sequence[str], *, conf: Path = CONF) -> DictConfig:
     Raises:
         ConfigError: everything that is wrong with it, one line each.
     """
-    cfg, messages = _compose([*_experiment_first(overrides)], conf)
+    cfg, messages = _compose(_prepared(overrides, conf), conf)
     if cfg is not None:
         messages += check(cfg)
     if cfg is None or messages:
@@ -173,11 +187,21 @@ def load(overrides: Sequence[str], *, conf: Path = CONF) -> DictConfig:
 
 def check(cfg: DictConfig) -> list[str]:
     """Return one line for each unknown key, wrong type, missing value and bad `_target_` of a composed config."""
+    texts = list(_texts(OmegaConf.to_container(cfg, resolve=False), ""))
+    messages = [_refuse_resolver(path, text) for path, text in texts if "${" in _REFERENCE.sub("", text)]
+    if messages:
+        return messages  # before anything is resolved: `${oc.env:TOKEN}` would put a secret into the config
+    messages = [
+        f"{path}: a value is required; give it on the command line: {path}=VALUE."
+        for path, text in texts
+        if text == "???"
+    ]
     try:
         tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        return [f"{error.full_key or 'config'}: {_first_line(error)}"]
-    messages = list(_section_errors(tree, Root, ""))
+        return messages or [f"{error.full_key or 'config'}: {_first_line(error)}"]
+    messages += [_refuse_resolver(path, text) for path, text in _texts(tree, "") if "${" in text]  # put together
+    messages += _section_errors(tree, Root, "")
     return messages or list(_value_errors(tree))
 
 
@@ -202,8 +226,9 @@ def _make(node: Any, path: str) -> Any:
         return [_make(child, f"{path}.{index}") for index, child in enumerate(node)]
     if not isinstance(node, Mapping):
         return node
-    arguments = {k: _make(v, f"{path}.{k}".lstrip(".")) for k, v in node.items() if k not in NODE_KEYS}
-    if "_target_" not in node:
+    is_part = "_target_" in node
+    arguments = {k: _make(v, f"{path}.{k}".lstrip(".")) for k, v in node.items() if not (is_part and k in NODE_KEYS)}
+    if not is_part:
         return arguments
     function = resolve(node["_target_"])
     if node.get("_partial_"):
@@ -238,13 +263,14 @@ def target_errors(node: Any, path: str, extra: frozenset[str] = frozenset()) -> 
 
 
 def resolve(target: Any) -> Callable:
-    """Return the class or function that a `_target_` names.
+    """Return the class that a `_target_` names, or the function in a package of the user's own.
 
     The string is checked before anything is imported, and the module of what was found afterwards: a prefix test alone
-    would accept `vlp.data.shards.os.system`, because modules show what they import.
+    would accept `vlp.data.storage.urlopen`, because modules show what they import. Functions of ours are no parts, and
+    some of them write files.
 
     Raises:
-        ConfigError: not a string, outside the allow-list, or not found.
+        ConfigError: not a string, outside the allow-list, not found, or no class.
     """
     allowed = (*ALLOWED, *_user_packages())
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_][\w.]*", target) or not target.startswith(allowed):
@@ -265,6 +291,8 @@ def resolve(target: Any) -> Callable:
         raise ConfigError(
             [f"'{target}' is defined in '{home[:-1]}', outside the allowed packages {', '.join(allowed)}."]
         )
+    if not inspect.isclass(found) and home.startswith(ALLOWED):
+        raise ConfigError([f"'{target}' is no class; a config names the class of a part."])
     return found
 
 
@@ -275,28 +303,59 @@ def _user_packages() -> tuple[str, ...]:
 
 def _how_to_allow(target: Any) -> str:
     package = str(target).partition(".")[0]
-    return f"; for a package of your own set VLP_ALLOW={package} in the environment." if package.isidentifier() else "."
+    if not package.isidentifier() or package in sys.stdlib_module_names:
+        return "."  # no advice that opens the way to os.system
+    return f"; for a package of your own set VLP_ALLOW={package} in the environment."
 
 
-def _experiment_first(overrides: Sequence[str]) -> list[str]:
-    """Put `+experiment` before `+scale`: a scale changes the experiment, whatever the order on the command line."""
-    return sorted(overrides, key=lambda text: text.startswith("+scale"))
+def _prepared(overrides: Sequence[str], conf: Path) -> list[str]:
+    """Put `+experiment` before `+scale`, which changes the experiment; write GROUP=null as Hydra wants it, ~GROUP."""
+    groups = {f"{path.name}=null" for path in conf.iterdir() if path.is_dir()}
+    texts = [f"~{text.removesuffix('=null')}" if text in groups else text for text in overrides]
+    return sorted(texts, key=lambda text: text.startswith("+scale"))
 
 
 def _compose(overrides: list[str], conf: Path) -> tuple[DictConfig | None, list[str]]:
     """Compose; an override that Hydra refuses is reported and left out, so that the others are still checked."""
     messages: list[str] = []
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+    with _environment_hidden(), initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         while True:
             try:
                 return compose("train", overrides=overrides), messages
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
                 guilty = _guilty(overrides, str(error))
                 messages.append(_explain(error, guilty, conf))
                 if guilty is None:
                     return None, messages
                 overrides = [text for text in overrides if text != guilty]
+
+
+@contextmanager
+def _environment_hidden() -> Iterator[None]:
+    """Let no defaults list read the environment: Hydra resolves those while it composes, before `check` can look."""
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("a config may not read the environment.")
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the path and the value of every text in a plain tree."""
+    if isinstance(node, str):
+        yield path, node
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
+        yield from _texts(child, f"{path}.{key}".lstrip("."))
+
+
+def _refuse_resolver(path: str, text: str) -> str:
+    return f"{path}: {text!r} is more than a reference; a config may only refer to its own values, as ${{section.key}}."
 
 
 def _guilty(overrides: Sequence[str], message: str) -> str | None:
@@ -339,8 +398,9 @@ def _section_errors(tree: Any, schema: type, path: str) -> Iterator[str]:
         yield f"{path or 'config'}: expected a section with keys, got {tree!r}."
         return
     hints = typing.get_type_hints(schema, include_extras=True)
-    for key in tree.keys() - hints.keys():
-        yield f"{f'{path}.{key}'.lstrip('.')}: unknown key '{key}'{_near(str(key), hints)}"
+    for key in tree:
+        if key not in hints:
+            yield f"{f'{path}.{key}'.lstrip('.')}: unknown key '{key}'{_near(str(key), hints)}"
     for name, hint in hints.items():
         here = f"{path}.{name}".lstrip(".")
         if name not in tree:
@@ -355,24 +415,21 @@ def _section_errors(tree: Any, schema: type, path: str) -> Iterator[str]:
 
 def _leaf_errors(value: Any, hint: Any, path: str) -> Iterator[str]:
     if value == "???":
-        yield f"{path}: a value is required; give it on the command line: {path}=VALUE."
-    elif not _fits(value, hint):
+        return  # `check` has found it
+    if not _fits(value, hint):
         yield f"{path}: {value!r} has the wrong type; expected {_name(hint)}."
-    elif isinstance(value, Mapping | list):
+    else:
         yield from target_errors(value, path)
-        if hint is Any and isinstance(value, Mapping) and "_target_" not in value:
-            yield f"{path}: a part needs a '_target_', the class that is built."
 
 
 def _parts_errors(tree: Any, path: str, extra: Parts) -> Iterator[str]:
     if not isinstance(tree, Mapping):
-        if tree is not None:
-            yield f"{path}: expected named parts, got {tree!r}."
+        yield f"{path}: expected named parts, got {tree!r}; write {{}} for none."
         return
     for name, node in tree.items():
         if node is None:
             continue  # a part switched off: objective.matching=null
-        if not isinstance(node, Mapping) or "_target_" not in node:
+        if not _fits(node, Node):
             yield f"{path}.{name}: a part needs a '_target_', the class that is built; got {node!r}."
         else:
             yield from target_errors(node, f"{path}.{name}", extra)
@@ -381,16 +438,19 @@ def _parts_errors(tree: Any, path: str, extra: Parts) -> Iterator[str]:
 def _argument_errors(node: Mapping, function: Callable, path: str, extra: frozenset[str]) -> Iterator[str]:
     known = inspect.signature(function).parameters
     hints = _hints(function.__init__ if inspect.isclass(function) else function)
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        for key in node.keys() - NODE_KEYS - known.keys() - extra:
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    for key in node:
+        if key in extra or key in NODE_KEYS:
+            hint = _BESIDE_ARGUMENTS[key]
+            if node[key] != "???" and not _fits(node[key], hint):
+                yield f"{path}.{key}: {node[key]!r} has the wrong type; expected {_name(hint)}."
+        elif key not in known and not takes_any:
             yield f"{path}.{key}: {node['_target_']} has no parameter '{key}'{_near(str(key), known)}"
     for key, parameter in known.items():
         if key not in node:
             if parameter.default is inspect.Parameter.empty and not node.get("_partial_") and _named(parameter):
                 yield f"{path}.{key}: {node['_target_']} needs a value for '{key}'."
-        elif node[key] == "???":
-            yield f"{path}.{key}: a value is required; give it on the command line: {path}.{key}=VALUE."
-        elif key in hints and not _fits(node[key], hints[key]):
+        elif node[key] != "???" and key in hints and not _fits(node[key], Node) and not _fits(node[key], hints[key]):
             yield f"{path}.{key}: {node[key]!r} has the wrong type; {node['_target_']} takes {_name(hints[key])}."
 
 
@@ -403,8 +463,10 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in arguments)
-    if hint in (Any, inspect.Parameter.empty) or (isinstance(value, Mapping) and "_target_" in value):
+    if hint is Any:
         return True
+    if hint is Node:
+        return isinstance(value, Mapping) and "_target_" in value
     if hint in (None, type(None)):
         return value is None
     if hint is bool or hint is str:
@@ -412,23 +474,24 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int or hint is float:
         number = int if hint is int else (int, float)
         return isinstance(value, number) and not isinstance(value, bool)
-    if origin in (list, tuple, Sequence, Iterable) or origin is type(Sequence):
+    if origin in (list, tuple, Sequence, Iterable):
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if arguments)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(_fits(item, arguments[1]) for item in value.values())
     if inspect.isclass(hint):
-        return not isinstance(value, bool | int | float | str) or value is None
+        return value is not None and not isinstance(value, bool | int | float | str)
     return True
 
 
 def _value_errors(tree: Mapping) -> Iterator[str]:
     """Rules between values that no single type can state."""
     trainer, data, clip, run = tree["trainer"], tree["data"], tree["clip"], tree["run"]
-    for section, keys in _POSITIVE.items():
-        for key in keys:
+    for (words, is_met), paths in _RANGES.items():
+        for path in paths:
+            section, _, key = path.partition(".")
             value = tree[section][key]
-            if value is not None and value < 1:
-                yield f"{section}.{key}: {value} is too small; it must be at least 1."
+            if value is not None and not is_met(value):
+                yield f"{path}: {value} is not possible; it must be {words}."
     if not NAME.fullmatch(run["name"]):
         yield f"run.name: {run['name']!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
     for key, allowed in (("nan_policy", ("stop", "skip")), ("precision", _PRECISIONS), ("strategy", _STRATEGIES)):
@@ -441,16 +504,27 @@ def _value_errors(tree: Mapping) -> Iterator[str]:
         )
     if clip["short_side"] < clip["size"]:
         yield f"clip.short_side: {clip['short_side']} is below clip.size={clip['size']}; set it to at least clip.size."
-    if not [name for name, node in (tree["objective"] or {}).items() if node]:
+    betas = tree["optim"]["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optim.betas: {betas} is not possible; write two numbers of at least 0 and below 1."
+    if not [name for name, node in tree["objective"].items() if node]:
         yield "objective: nothing to train on; choose at least one, for example objective=[contrastive]."
 
 
-_POSITIVE = {
-    "trainer": ("max_steps", "accumulate", "log_every", "checkpoint_every", "num_nodes", "num_threads"),
-    "data": ("batch_size", "num_lanes", "window_shards"),
-    "clip": ("num_frames", "size"),
-    "tokenizer": ("vocab_size", "max_length"),
-    "eval": ("every", "batch_size"),
+_RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
+    ("at least 1", lambda value: value >= 1): (
+        "run.stop_after",
+        *(f"trainer.{key}" for key in ("max_steps", "accumulate", "log_every", "checkpoint_every")),
+        *(f"trainer.{key}" for key in ("num_nodes", "num_threads", "keep_checkpoints")),
+        *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards")),
+        *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length"),
+        *("eval.every", "eval.batch_size"),
+    ),
+    ("0 or more", lambda value: value >= 0): ("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
+    ("above 0", lambda value: value > 0): ("optim.lr", "optim.eps", "trainer.clip_grad_norm"),
+    ("between 0 and 1", lambda value: 0 <= value <= 1): ("trainer.bad_sample_budget", "data.holdout"),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
+    ("above 0 and below 1", lambda value: 0 < value < 1): ("optim.ema_decay",),
 }
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 _STRATEGIES = ("auto", "ddp")
@@ -469,12 +543,21 @@ def _hints(owner: Any) -> dict[str, Any]:
 
 
 def _name(hint: Any) -> str:
-    return hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_name(each) for each in arguments)
+    if arguments:
+        return f"{str(hint).partition('[')[0].rpartition('.')[2]} of {' to '.join(_name(each) for each in arguments)}"
+    names = {Node: "a part with a '_target_'", type(None): "null", Any: "anything"}
+    return names.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f". Did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}." if len(list(known)) < 40 else "."
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if near:
+        return f". Did you mean '{near[0]}'?"
+    return f"; known: {', '.join(names) or 'none'}." if len(names) < 40 else "."
 
 
 def _first_line(error: Exception) -> str:

@@ -9,8 +9,8 @@ that it needs, as fixtures are in pytest:
 A *view* is a callable with `writes`, a tuple of names; its parameters name what it reads from the unchanged step.
 `fused:masked_words+masked_patches` is `fused` as it would be if those views had replaced what they write. A view that
 changes nothing a quantity depends on is dropped from its name, so `video:masked_words` *is* `video`, computed once.
-What a view reads without gradient it names in `detached`. Inputs are found in signatures, the parts that a quantity uses
-in its source; nothing runs to make the plan.
+What a view reads without gradient it names in `detached`. Inputs are found in signatures, the parts that a quantity
+uses in its source; nothing runs to make the plan.
 
     batch fields --> view --> replaced fields or quantities
          |                        |

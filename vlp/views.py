@@ -153,6 +153,20 @@ class MaskPatches:
         return (hidden & real[:, :, None, None],)
 
 
+class ReverseFrames:
+    """Play each clip backwards; padding frames stay at the end."""
+
+    writes = ("frames",)
+    detached = ()
+
+    def __call__(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor]:
+        """Return (frames,): [B, T, H, W, 3] uint8."""
+        places = torch.arange(frames.shape[1], device=frames.device)
+        backwards = frame_mask.sum(1, keepdim=True) - 1 - places  # [B, T], negative at the padding
+        source = torch.where(backwards >= 0, backwards, places)
+        return (frames[torch.arange(len(frames), device=frames.device)[:, None], source],)
+
+
 class WrongText:
     """Give each video the text of another clip, hard ones more often, from the batch of all ranks.
 
@@ -204,7 +218,7 @@ def _units_present(units: Tensor) -> Tensor:
 
 
 def _highest(scores: Tensor, ratio: float) -> Tensor:
-    """Return [B, N] bool, True at the share `ratio` of scores [B, N] that is highest: at least one, as many in each row."""
+    """Return [B, N] bool, True at the share `ratio` of highest scores [B, N]; as many in each row, at least one."""
     count = max(1, round(ratio * scores.shape[1]))
     return ops.choose(scores, torch.full(scores.shape[:1], count, device=scores.device))
 

@@ -101,8 +101,7 @@ def _decode_by_plan(
 ) -> Decoded:
     if kind in gop.UNTIMED:
         raise gop.NoPlanError
-    # Only MPEG-TS needs decoding before it tells its timestamps.
-    with _opened(data, kind, decode_to_probe=kind == "mpegts") as source:
+    with _opened(data, kind, decode_to_probe=False) as source:
         first, start = gop.head(source)
         targets, inverse = np.unique(_ticks(times_s, source, start=start), return_inverse=True)
         plan = gop.plan(source, first, targets, key_frames=key_frames)
@@ -114,16 +113,14 @@ def _decode_by_plan(
 
 
 def _decode_run(source: gop.Source, run: gop.Run, scale: "_Scale") -> Iterator[tuple[int, np.ndarray]]:
-    context, key = source.stream.codec_context, run.packets[0]
+    context = source.stream.codec_context
     droppable = "NONREF" if _drops_unreferenced(source) else "DEFAULT"
-    entered = key.is_discard  # hidden by an edit list: only the first packets of a file are, so nothing was left out
+    entered = run.packets[0].is_discard  # hidden by an edit list: it never comes out
     context.flush_buffers()
     for packet in [*run.packets, None]:  # None drains: no later frame is decoded just to push the last one out
         if packet is not None:
-            context.skip_frame = "DEFAULT" if packet is key or packet.pts in run.wanted else droppable
+            context.skip_frame = "DEFAULT" if packet.pts in run.wanted else droppable
         for frame in context.decode(packet):
-            if frame.pts is None or frame.pts < run.key:
-                continue  # leading pictures of an open GOP refer to the one before and are not wanted here
             # With a rolling intra refresh, packets marked as key are not: what follows them comes out damaged.
             entered = entered or (frame.pts == run.key and frame.pict_type == PictureType.I)
             # What conceals damage may depend on frames outside the run.
@@ -148,11 +145,13 @@ def _drops_unreferenced(source: gop.Source) -> bool:
 def _decode_all(data: bytes, times_s: np.ndarray, *, kind: str, short_side: int | None) -> Decoded:
     with _opened(data, kind, decode_to_probe=True) as source:
         packets = list(gop.demux(source))
+        stamps = [packet.dts if packet.pts is None else packet.pts for packet in packets if not packet.is_discard]
+        known = sorted(stamp for stamp in stamps if stamp is not None)
+        if len(known) < len(stamps):
+            raise DecodeError(Reason.VIDEO_BROKEN, f"{len(stamps) - len(known)} of {len(stamps)} packets have no time")
         frames = _all_frames(source, packets)
         if kind in gop.UNTIMED or any(packet.pts is None for packet in packets):
-            stamps = [packet.dts if packet.pts is None else packet.pts for packet in packets if not packet.is_discard]
-            # The n-th frame to be displayed has the n-th time, whichever packet that came with.
-            timed = zip(sorted(stamp for stamp in stamps if stamp is not None), frames, strict=False)
+            timed = zip(known, frames, strict=False)  # the n-th frame displayed has the n-th time
         else:
             timed = ((frame.pts, frame) for frame in frames if frame.pts is not None)
         first = next(timed, None)
@@ -189,7 +188,7 @@ def _spans(timed: Iterator[tuple[int, VideoFrame]]) -> Iterator[tuple[int, Video
     """Yield (pts, frame, end of display); a frame whose time runs back is never displayed."""
     shown = None
     for pts, frame in timed:
-        if shown is not None and pts <= shown[0]:
+        if shown is not None and pts < shown[0]:
             continue
         if shown is not None:
             yield *shown, pts

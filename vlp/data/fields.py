@@ -115,7 +115,8 @@ class Clips(NamedTuple):
         """Return [T, H, W, 3] of every clip. Raises ValueError if its size depends on the video."""
         side = self.short_side or 64
         sizes = {
-            self.transformed(np.zeros((1, *size, 3), np.uint8), 0).shape for size in ((side, 2 * side), (side, side))
+            self.transformed(np.zeros((1, *size, 3), np.uint8), 0).shape
+            for size in ((side, 2 * side), (side, side), (2 * side, side))
         }
         if len(sizes) > 1 or len(next(iter(sizes))) != 4:
             raise ValueError(
@@ -217,7 +218,7 @@ class ClipReader:
                 return
 
     def captions(self, max_samples: int) -> Iterator[str]:
-        """Yield all captions of at most so many usable samples, spread evenly; unreadable ones are left out."""
+        """Yield all captions of at most so many samples, spread evenly; unreadable ones are left out."""
         for sample_id in np.unique(np.linspace(0, len(self) - 1, min(max_samples, len(self))).round().astype(int)):
             try:
                 yield from self.meta(int(sample_id))["captions"]

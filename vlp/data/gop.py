@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 
 MAX_REORDER = 16  # how many frames may come before a frame in decoding order and after it in display (H.264, HEVC)
 UNTIMED = frozenset({"avi"})  # stores no PTS, and what FFmpeg puts there is wrong where frames are reordered
-SEEKABLE = frozenset({"mp4", "matroska"})  # their seek lands on the key frame asked for; that is checked all the same
+SEEKABLE = frozenset({"mp4", "matroska"})  # a seek lands on a key frame not after the one asked for; it is checked
 
 
 class NoPlanError(Exception):
@@ -70,7 +70,7 @@ def plan(source: Source, first: list[Packet], targets: np.ndarray, *, key_frames
     Raises: NoPlanError, also for a table that does not fit the file; TruncatedError.
     """
     if key_frames is None or source.kind not in SEEKABLE:
-        chosen = _choose([*first, *demux(source)], targets, kind=source.kind)
+        chosen = _choose([*first, *demux(source)], targets)
     else:
         chosen = _choose_by_table(source, first, targets, key_frames=np.unique(key_frames))
     if targets[-1] >= _first_lost(source):
@@ -90,21 +90,19 @@ def _choose_by_table(source: Source, first: list[Packet], targets: np.ndarray, *
         else:
             source.container.seek(int(key_frames[gop]), stream=source.stream)
         taken = list(_until(packets, int(inside[-1]), kind=source.kind))
-        if gop >= 0 and not (taken and taken[0].is_keyframe and taken[0].pts == key_frames[gop]):
-            raise NoPlanError
-        parts.append(_choose(taken, inside, kind=source.kind))
+        if gop >= 0 and not (taken and taken[0].is_keyframe and (taken[0].pts or 0) <= inside[0]):
+            raise NoPlanError  # the seek went too far; at an earlier key frame than asked for is good enough
+        parts.append(_choose(taken, inside))
     return Plan(np.concatenate([part.pts for part in parts]), [run for part in parts for run in part.runs])
 
 
-def _choose(packets: list[Packet], targets: np.ndarray, *, kind: str) -> Plan:
+def _choose(packets: list[Packet], targets: np.ndarray) -> Plan:
     stamps = [packet.pts for packet in packets if packet.pts is not None]
     shown = np.array([i for i, packet in enumerate(packets) if not packet.is_discard])
-    if len(stamps) < len(packets) or not len(shown) or (kind == "mp4" and _runs_back(packets)):
+    if len(stamps) < len(packets) or not len(shown):
         raise NoPlanError
     pts = np.array(stamps)
     order = shown[np.argsort(pts[shown], kind="stable")]  # positions in decoding order, sorted by display
-    if (np.diff(pts[order]) == 0).any():
-        raise NoPlanError
     rank = np.searchsorted(pts[order], targets, side="right") - 1
     frames = order[rank.clip(min=0)]  # [T]
     keys = np.array([i for i, packet in enumerate(packets) if packet.is_keyframe])
@@ -114,12 +112,6 @@ def _choose(packets: list[Packet], targets: np.ndarray, *, kind: str) -> Plan:
         inside = frames[entries == entry]
         runs.append(Run(packets[entry : inside.max() + 1], int(pts[entry]), set(pts[inside].tolist())))
     return Plan(pts[frames], runs)
-
-
-def _runs_back(packets: list[Packet]) -> bool:
-    """Tell whether an mp4 is cut together from parts of itself, in any order: then its DTS do not grow."""
-    stamps = [packet.dts for packet in packets if packet.dts is not None]
-    return bool((np.diff(stamps) < 0).any())
 
 
 def _entry(keys: np.ndarray, pts: np.ndarray, frame: int) -> int:

@@ -28,7 +28,7 @@ from vlp.data.rows import PART_OF, Rows, split_name
 from vlp.data.tar import TarError, members
 from vlp.types import Reason, SampleError
 
-EXIT_OK, EXIT_DAMAGED, EXIT_USAGE = 0, 65, 78
+EXIT_OK, EXIT_DAMAGED, EXIT_UNWRITABLE, EXIT_USAGE = 0, 65, 73, 78
 
 _CHUNK = 4 << 20  # bytes read at once where only a checksum is wanted
 
@@ -107,7 +107,7 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: str, *, shard: str | None = None) -> "ShardIndex":
-        """Map an index, which takes a descriptor until it is dropped; its shard is `shard`, by default the one beside it.
+        """Map an index, which takes a descriptor until it is dropped; `shard` is by default the one beside it.
 
         Raises:
             IndexFileError: the file is missing, damaged, of another version, or points outside its shard.
@@ -296,8 +296,10 @@ def _index_one(shard: str, *, policy: Literal["refuse", "keep"], force: bool) ->
             return EXIT_OK, f"{shard}: unchanged, {_summary(index)}"
         index = build_index(shard, on_damage=policy)
         index.save(storage.local_path(index_url(shard)))
-    except (TarError, storage.StorageError, OSError) as error:
-        return EXIT_DAMAGED, f"{error if isinstance(error, TarError | storage.StorageError) else f'{shard}: {error}'}"
+    except (TarError, storage.StorageError) as error:
+        return EXIT_DAMAGED, str(error)
+    except OSError as error:
+        return EXIT_UNWRITABLE, f"{index_url(shard)}: cannot be written: {error.strerror}"
     return EXIT_OK, f"{shard}: {_summary(index)}, {time.perf_counter() - start_s:.1f} s"
 
 
@@ -332,7 +334,7 @@ def _check_one(shard: str) -> tuple[int, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0, 65 if a shard is damaged or cannot be read, 78 if a URL makes no sense."""
+    """Run the command line. Returns 0; 65 a shard is damaged or unreadable; 73 no index can be written; 78 bad URL."""
     parser = argparse.ArgumentParser(
         prog="python -m vlp.data.index", description="Make or check the indexes of shards."
     )

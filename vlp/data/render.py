@@ -7,8 +7,9 @@ key, from streams of their own, so that the background knows nothing of the even
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -32,13 +33,16 @@ def render(scene: Scene, *, size: int = 128, num_frames: int = 32) -> np.ndarray
     Raises ValueError as `check_shape` does.
     """
     check_shape(size=size, num_frames=num_frames)
-    frames = _background(scene.key, num_frames, size)  # [T, C, H, W] float32: long inner axes are four times faster
-    for track in tracks(scene, num_frames):
-        _draw(frames, track, size)
-    frames += _noise(scene.key, num_frames, size)[:, None]
+    layers = [_layer(track, size) for track in tracks(scene, num_frames)]
     clip = np.empty((num_frames, size, size, 3), dtype=np.uint8)
-    np.clip(frames, 0, 255, out=frames)
-    clip[...] = rearrange(frames, "frames colours height width -> frames height width colours")
+    # Frame by frame, colours first: what is worked on fits into a core's cache, and inner loops are long.
+    pictures = zip(_background(scene.key, num_frames, size), _noise(scene.key, num_frames, size), strict=True)
+    for frame, (picture, noise) in enumerate(pictures):
+        for layer in layers:
+            _paint(picture, layer, frame)
+        picture += noise
+        np.clip(picture, 0, 255, out=picture)
+        clip[frame] = rearrange(picture, "colours height width -> height width colours")
     return clip
 
 
@@ -64,16 +68,16 @@ def encode_h264(frames: np.ndarray, *, fps: float) -> bytes:
     return target.getvalue()
 
 
-def _background(key: int, num_frames: int, size: int) -> np.ndarray:
-    """Return a muted texture [T, C, H, W] float32 that drifts slowly in a direction of its own."""
+def _background(key: int, num_frames: int, size: int) -> Iterator[np.ndarray]:
+    """Yield T pictures [C, H, W] float32 of a muted texture that drifts slowly in a direction of its own."""
     rng = generator(key, "background")
     pad = int(np.ceil(_DRIFT * size)) + 2
     field = TEXTURES[int(rng.integers(len(TEXTURES)))](rng, size + 2 * pad, size)
-    low, high = _two_tones(rng)
+    low, high = (tone[:, None, None] for tone in _two_tones(rng))  # [C, 1, 1]
     angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 1) * _DRIFT * size
     path = (np.linspace(-0.5, 0.5, num_frames) * length)[:, None] * [np.sin(angle), np.cos(angle)] + pad  # [T, 2]
-    moved = np.stack([_window(field, float(top), float(left), size) for top, left in path])  # [T, H, W]
-    return low[:, None, None] + moved[:, None] * (high - low)[:, None, None]  # [T, C, H, W]
+    for top, left in path:
+        yield low + _window(field, float(top), float(left), size) * (high - low)
 
 
 def _two_tones(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -94,12 +98,12 @@ def _window(field: Field, top: float, left: float, size: int) -> Field:
     return rows[:, column : column + size] * (1 - across) + rows[:, column + 1 : column + size + 1] * across
 
 
-def _noise(key: int, num_frames: int, size: int) -> np.ndarray:
-    """Return sensor noise [T, H, W]: windows of one noise image at random places, much faster than fresh noise."""
+def _noise(key: int, num_frames: int, size: int) -> Iterator[np.ndarray]:
+    """Yield T times sensor noise [H, W]: windows of one noise image at random places, much faster than fresh noise."""
     rng = generator(key, "noise")
     image = rng.standard_normal((2 * size, 2 * size), dtype=np.float32) * np.float32(NOISE)
-    corners = rng.integers(0, size, (num_frames, 2))
-    return np.stack([image[top : top + size, left : left + size] for top, left in corners])
+    for top, left in rng.integers(0, size, (num_frames, 2)):
+        yield image[top : top + size, left : left + size]
 
 
 def _axes(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,9 +159,18 @@ TEXTURES: tuple[Callable[[np.random.Generator, int, int], Field], ...] = (
 )
 
 
-def _draw(frames: np.ndarray, track: Track, size: int) -> None:
-    """Paint one object with its shadow and outline over `frames` [T, C, H, W], in place."""
-    reach = (KEEP_OUT * float(track.radius.max()) + _SHADOW[1] * float(track.radius.max())) * size + 2
+class _Layer(NamedTuple):
+    """An object with its shadow and outline, in a square patch of each frame."""
+
+    corners: np.ndarray  # [T, 2] int, top and left pixel of the patch
+    body: np.ndarray  # [T, K, K] float32, how much of a pixel the object covers
+    shadow: np.ndarray  # [T, K, K]
+    shade: np.ndarray  # [T, K, K], brightness
+    rgb: np.ndarray  # [T, 3]
+
+
+def _layer(track: Track, size: int) -> _Layer:
+    reach = (KEEP_OUT + _SHADOW[1]) * float(track.radius.max()) * size + 2
     side = min(size, 2 * int(np.ceil(reach)))
     centres = np.stack([track.y, track.x], 1) * size  # [T, 2] pixels
     corners = np.clip(np.round(centres - side / 2), 0, size - side).astype(int)  # [T, 2]
@@ -170,11 +183,15 @@ def _draw(frames: np.ndarray, track: Track, size: int) -> None:
     rim = np.clip(0.5 + (inside + np.float32(_OUTLINE)) * radius, 0, 1)
     shade = np.float32(1.06) - np.float32(0.1) * y - np.float32(0.42) * rim  # lit from above, darker at the rim
     alpha = track.alpha.astype(np.float32)[:, None, None]
-    body, shadow, rgb = body * alpha, shadow * alpha, track.rgb.astype(np.float32)
-    for frame, (top, left) in enumerate(corners):
-        patch = frames[frame, :, top : top + side, left : left + side]  # [C, K, K]
-        patch *= 1 - shadow[frame]
-        patch += body[frame] * (np.minimum(rgb[frame][:, None, None] * shade[frame], 255) - patch)
+    return _Layer(corners, body * alpha, shadow * alpha, shade, track.rgb.astype(np.float32))
+
+
+def _paint(picture: np.ndarray, layer: _Layer, frame: int) -> None:
+    """Paint an object over a picture [C, H, W], in place."""
+    (top, left), side = layer.corners[frame], layer.body.shape[1]
+    patch = picture[:, top : top + side, left : left + side]  # [C, K, K]
+    patch *= 1 - layer.shadow[frame]
+    patch += layer.body[frame] * (np.minimum(layer.rgb[frame, :, None, None] * layer.shade[frame], 255) - patch)
 
 
 def _distance(track: Track, x: np.ndarray, y: np.ndarray) -> np.ndarray:

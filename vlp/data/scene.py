@@ -50,7 +50,7 @@ _GRID = np.linspace(0, 1, 33)  # moments, as fractions of the clip, at which two
 
 
 class Object(NamedTuple):
-    """One object; `colour` at the start. `size` is empty where an event changes it. `x`, `y`: the middle of its way."""
+    """One object; `colour` and `x`, `y` are those at the start. `size` is empty where an event changes it."""
 
     shape: str
     colour: str
@@ -242,20 +242,16 @@ def _progress(event: Event, times: np.ndarray) -> np.ndarray:
 
 
 def _way(scene: Scene, target: int, times: np.ndarray) -> np.ndarray:
-    """Return the offsets [2, T] of an object from the middle of its way, which its `x` and `y` name."""
+    """Return the offsets [2, T] of an object from where it starts."""
     offset = np.zeros((2, len(times)))
-    corner = corners = np.zeros((2, 1))
     for event in (event for event in scene.events if event.target == target):
         if event.kind in MOVES:
-            step = event.reach * np.array(MOVES[event.kind])[:, None]
-            corner = corner + step
-            corners = np.concatenate([corners, corner], axis=1)
-            offset += step * _progress(event, times)
+            offset += event.reach * np.array(MOVES[event.kind])[:, None] * _progress(event, times)
         if event.kind in ("clockwise", "anticlockwise"):
             turn = 2 * np.pi * (1 if event.kind == "clockwise" else -1)  # y points down: growing angles are clockwise
             angle = event.phase + turn * _progress(event, times)
-            offset += event.reach * np.stack([np.cos(angle), np.sin(angle)])
-    return offset - (corners.min(1, keepdims=True) + corners.max(1, keepdims=True)) / 2
+            offset += event.reach * np.stack([np.cos(angle) - np.cos(event.phase), np.sin(angle) - np.sin(event.phase)])
+    return offset
 
 
 def _radius(scene: Scene, target: int, times: np.ndarray) -> np.ndarray:

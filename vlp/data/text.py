@@ -20,7 +20,7 @@ from torch import Tensor
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # scripts without spaces: every character is a word
 _STOPS = r"\s!-/:-@\[-`{-~\u2000-\u206f\u3000-\u303f"  # spaces and punctuation
-_WORD = re.compile(rf"[{_CJK}]|[^{_CJK}{_STOPS}]+|\S")
+_WORD = re.compile(rf"[^{_CJK}{_STOPS}]+|\S")
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _START = "\u2581"  # marks the beginning of a word while pieces are merged
 
@@ -107,31 +107,6 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer that `Tokenizer.to_json` described."""
     fields = json.loads(text)
     return Tokenizer(Backend.from_str(json.dumps(fields.pop("backend"))), **fields)
-
-
-class TrainedTokenizer:
-    """The default choice: a WordPiece vocabulary trained on the captions at first use, kept in `directory`."""
-
-    def __init__(self, *, directory: str, vocab_size: int = 8192, max_length: int = 64) -> None:
-        self.directory, self.vocab_size, self.max_length = Path(directory), vocab_size, max_length
-
-    def __call__(self, captions: Iterable[str], fingerprint: str) -> Tokenizer:
-        """Return the tokenizer of the data set with this `fingerprint`; other data never meets a stale vocabulary."""
-        path = self.directory / f"{fingerprint[:16]}-{self.vocab_size}" / "tokenizer.json"
-        if not path.exists():
-            train_tokenizer(captions, vocab_size=self.vocab_size, path=path)
-        return load_tokenizer(str(path), max_length=self.max_length)
-
-
-class PretrainedTokenizer:
-    """A published tokenizer: a Hugging Face name with the commit of its repository, a folder, or a tokenizer.json."""
-
-    def __init__(self, *, name: str, revision: str | None = None, max_length: int = 64) -> None:
-        self.name, self.revision, self.max_length = name, revision, max_length
-
-    def __call__(self, captions: Iterable[str], fingerprint: str) -> Tokenizer:
-        """Return the tokenizer; the captions of the data set do not matter."""
-        return load_tokenizer(self.name, max_length=self.max_length, revision=self.revision)
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int, path: str | os.PathLike) -> None:

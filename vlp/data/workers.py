@@ -142,7 +142,7 @@ class _Worker:
         with _signals_held():
             self._process.start()
         theirs.close()  # the last copy here: a dead worker is seen as the end of the pipe
-        # Runs before multiprocessing, at exit, waits for the processes that ignore its SIGTERM.
+        # Runs before multiprocessing, at exit, waits for the processes that its SIGTERM does not reach.
         self.kill = Finalize(self, _kill, args=(self._process, self._connection), exitpriority=1)
         for task in self.pending:
             self._send(task, skips)
@@ -238,8 +238,6 @@ class _Pool:
 
 def _run(work: Work, connection: Connection, memory: Any, slot_bytes: int, beat: Any, parent: int) -> None:
     """Work until killed: the main function of a worker."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)  # one process a core; a decoder and its threads would fight for it
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     slots = torch.frombuffer(memory, dtype=torch.uint8).split(slot_bytes)
@@ -319,7 +317,7 @@ def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Start a process that never sees the trainer's signals, not even before it can ignore them."""
+    """Hold signals back: a process that is started inside never gets them, not even before its first line."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

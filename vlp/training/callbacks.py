@@ -88,7 +88,8 @@ class MetricsLog(pl.Callback):
         """Collect times; every `every` steps read the tensors, which waits for the device."""
         last = pl_module.last
         self.window.append((last["step_s"], last["data_wait_s"]))
-        if pl_module.cursor % self.every and batch_idx:
+        last_step = pl_module.cursor >= pl_module.recipe.max_steps
+        if pl_module.cursor % self.every and batch_idx and not last_step:
             return
         means = dist.sum_over_ranks(torch.stack(list(last["means"].values())))
         losses = dict(zip(last["means"], means.tolist(), strict=True))
@@ -123,7 +124,7 @@ class MetricsLog(pl.Callback):
         }
         temperature = getattr(pl_module.model, "temperature", None)
         if temperature is not None:
-            values["train/logit_scale"] = float(temperature())
+            values["train/logit_scale"] = float(temperature().detach())
         return values
 
 

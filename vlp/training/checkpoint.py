@@ -165,7 +165,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         optimizer.state[owners[name]][kind] = value.clone().to(owners[name].device)  # fused AdamW counts there as well
     bare = sorted(name for name, parameter in owners.items() if tensors and not optimizer.state.get(parameter))
     if bare:
-        raise ValueError(f"the checkpoint has no optimizer state for '{bare[0]}', which is trained; freeze it as before.")
+        raise ValueError(
+            f"the checkpoint has no optimizer state for '{bare[0]}', which is trained; freeze it as before."
+        )
 
 
 def _damage(path: Path) -> str | None:

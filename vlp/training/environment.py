@@ -11,7 +11,17 @@ import torch
 
 from vlp.layers.attention import kernel_name
 
-_PACKAGES = ("vlp", "torch", "torchvision", "pytorch-lightning", "deepspeed", "timm", "transformers", "av", "flash-attn")
+_PACKAGES = (
+    "vlp",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "deepspeed",
+    "timm",
+    "transformers",
+    "av",
+    "flash-attn",
+)
 
 
 def is_first_process() -> bool:

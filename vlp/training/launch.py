@@ -1,9 +1,11 @@
 """One run from its config to its report: the order of things, and the exit code of each way to end."""
 
 import datetime
+import logging
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,6 +39,7 @@ from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
 
 def main(overrides: Sequence[str]) -> int:
     """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
+    quiet()
     try:
         return train(config.load(overrides))
     except config.ConfigError as error:
@@ -45,6 +48,12 @@ def main(overrides: Sequence[str]) -> int:
     except StopRun as stop:
         print(stop.message, file=sys.stderr)
         return stop.code
+
+
+def quiet() -> None:
+    """Keep the greetings and tips of libraries off the screen; their errors still show."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 
 def train(cfg: DictConfig) -> int:
@@ -97,6 +106,19 @@ class Attempt:
             traceback.print_exc()
         self._finish(code, status)
         return code
+
+    def evaluate_only(self) -> dict[str, float]:
+        """Score the newest checkpoint and rewrite the report.
+
+        Raises:
+            StopRun: there is no checkpoint.
+        """
+        self._restore()
+        if not self.module.cursor:
+            raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{self.directory} holds no valid checkpoint; train the run first.")
+        scores = self.evaluator(self.module)
+        write_report(self.directory)
+        return scores
 
     def _data(self) -> VideoTextData:
         cfg = self.cfg

@@ -1,0 +1,78 @@
+"""Score a trained run again: on its own tasks, on one of them, or under changed evaluation settings."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlp import config
+from vlp.training import run_dir
+from vlp.training.assemble import assemble
+from vlp.training.exits import Exit, StopRun
+from vlp.training.launch import Attempt, quiet
+
+CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "paths.", "trainer.num_threads=")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate the run that the command line names; return the exit code."""
+    quiet()
+    try:
+        run, task, overrides = _parse(arguments)
+        return _evaluate(run, task, overrides)
+    except config.ConfigError as error:
+        print("\n".join(f"config: {line}" for line in error.messages), file=sys.stderr)
+        return Exit.BAD_CONFIG
+    except StopRun as stop:
+        print(stop.message, file=sys.stderr)
+        return stop.code
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Path, str | None, list[str]]:
+    named = dict(word.split("=", 1) for word in arguments if word.startswith(("run=", "task=")))
+    overrides = [word for word in arguments if not word.startswith(("run=", "task="))]
+    messages = [
+        f"{word}: an evaluation cannot change this; allowed are {', '.join(CHANGEABLE)}"
+        for word in overrides
+        if not word.startswith(CHANGEABLE) or "=" not in word
+    ]
+    if "run" not in named:
+        messages.append("run: name the run's directory, for example run=runs/demo.")
+    elif not (Path(named["run"]) / "config.yaml").exists():
+        messages.append(f"run={named['run']}: there is no run here (no config.yaml).")
+    if messages:
+        raise config.ConfigError(messages)
+    return Path(named["run"]), named.get("task"), overrides
+
+
+def _evaluate(run: Path, task: str | None, overrides: Sequence[str]) -> int:
+    cfg = OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    OmegaConf.set_struct(cfg, True)
+    try:
+        cfg.merge_with_dotlist(list(overrides))
+    except OmegaConfBaseException as error:
+        raise config.ConfigError([str(error).splitlines()[0]]) from None
+    messages = config.check(cfg)
+    tasks = cfg.eval.tasks
+    if task is not None and task not in tasks:
+        messages.append(f"task={task}: the run has {', '.join(tasks)}.")
+    if messages:
+        raise config.ConfigError(messages)
+    if task is not None:
+        cfg.eval.tasks = {task: tasks[task]}
+    with run_dir.locked(run):
+        attempt = Attempt(cfg, assemble(cfg), run, first=True)
+        scores = attempt.evaluate_only()
+    _show(scores, attempt.evaluator.skipped)
+    return Exit.DONE
+
+
+def _show(scores: Mapping[str, float], skipped: Mapping[str, Any]) -> None:
+    for name, value in scores.items():
+        print(f"{name:<40} {value:8.2f}")
+    for name, why in skipped.items():
+        print(f"{name}: left out, {why}")
