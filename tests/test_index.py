@@ -150,13 +150,7 @@ def test_shards_of_the_tar_command_in_the_layout_of_video2dataset_are_indexed(tm
     folder = tmp_path / "00000"
     folder.mkdir()
     for i in range(3):
-        record = {
-            "videoID": "v",
-            "status": "success",
-            "error_message": None,
-            "caption": f"caption {i}",
-            "clips": [[0, 1]],
-        }
+        record = {"videoID": "v", "status": "success", "error_message": None, "caption": f"caption {i}"}
         for kind, data in (("mp4", SHORT), ("txt", b"caption %d" % i), ("json", json.dumps(record).encode())):
             (folder / f"00000000{i}.{kind}").write_bytes(data)
     subprocess.run(["tar", "-cf", "00000.tar", "-C", "00000", "."], cwd=tmp_path, check=True)

@@ -39,7 +39,7 @@ def test_render_is_the_same_for_the_same_scene_and_differs_for_another():
     first = render(SCENES[0], size=48, num_frames=5)
     assert first.shape == (5, 48, 48, 3) and first.dtype == np.uint8
     assert (first == render(SCENES[0], size=48, num_frames=5)).all()
-    assert (first != render(SCENES[1], size=48, num_frames=5)).any()
+    assert (abs(first.astype(int) - render(SCENES[1], size=48, num_frames=5)) > 12).mean() > 0.3  # another background
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_background_does_not_depend_on_the_events():
     moved = clip._replace(events=(clip.events[0]._replace(kind="right"),))
     frames, others = watched(clip), watched(moved)
     same = (frames == others).all(-1).mean((1, 2))
-    assert same.min() > 0.75 and (frames[0] != others[0]).any()
+    assert same.min() > 0.75 and (frames[-1] != others[-1]).any()
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
@@ -114,9 +114,14 @@ def test_object_stands_where_its_track_says():
 def test_encoding_gives_equal_bytes_and_keeps_the_picture():
     frames = render(SCENES[2])
     data = encode_h264(frames, fps=12)
-    assert data == encode_h264(frames, fps=12) and b"creation" not in data and len(data) < 60_000
+    assert data == encode_h264(frames, fps=12) and len(data) < 60_000
+    assert b"Lavf" not in data  # no version of the container's writer
     back = decoded(data)
     assert back.shape == frames.shape and abs(back.astype(int) - frames).mean() < 6
+
+
+def test_encoding_uses_one_thread_for_large_pictures():
+    assert b"threads=1 " in encode_h264(np.zeros((2, 512, 512, 3), dtype=np.uint8), fps=12)
 
 
 def test_encoding_does_not_depend_on_what_was_in_memory():

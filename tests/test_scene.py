@@ -77,7 +77,7 @@ def test_negatives_are_possible_scenes_of_the_same_split(split):
 
 
 def test_no_object_acts_before_it_is_there_or_after_it_is_gone():
-    for one in [*TRAIN, *(other for one in TRAIN for other in negatives(one))]:
+    for one in TRAIN + [other for train in TRAIN for other in negatives(train)]:
         for number in range(len(one.objects)):
             kinds = [event.kind for event in one.events if event.target == number]
             assert "appear" not in kinds[1:] or kinds == ["vanish", "appear"]

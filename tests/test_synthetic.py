@@ -1,3 +1,4 @@
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -154,15 +155,18 @@ def test_processes_render_the_same_bytes(world, tmp_path, monkeypatch):
     assert digests[0] == digests[1]
 
 
-def test_processes_that_prepare_together_end_with_one_whole_world(tmp_path):
-    context = multiprocessing.get_context("fork")
-    racers = [context.Process(target=prepare_tiny, args=(str(tmp_path),)) for _ in range(3)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join(60)
-    assert [racer.exitcode for racer in racers] == [0, 0, 0]
-    made = World(root=str(tmp_path), **TINY)
-    before = files(made)
-    made.prepare()
-    assert files(made) == before
+def test_prepare_waits_for_a_process_that_prepares_the_same_world(tmp_path):
+    world = World(root=str(tmp_path), **TINY)
+    os.makedirs(world.directory)
+    second = multiprocessing.get_context("fork").Process(target=prepare_tiny, args=(str(tmp_path),))
+    with open(os.path.join(world.directory, "lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second.start()
+        second.join(1)
+        assert second.is_alive() and os.listdir(world.directory) == ["lock"]
+        fcntl.flock(lock, fcntl.LOCK_UN)  # the child has inherited the open file, so that closing it is not enough
+    second.join(60)
+    assert second.exitcode == 0
+    before = files(world)
+    world.prepare()
+    assert files(world) == before

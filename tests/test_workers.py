@@ -12,7 +12,7 @@ import torch
 from vlp.data.workers import WorkerError, Workers, ordered
 from vlp.types import Reason
 
-FAST = Workers(num_workers=2, stall_s=1.0, start_method="fork")
+FAST = Workers(num_workers=2, stall_s=0.5, start_method="fork")
 
 
 class Pair(NamedTuple):
@@ -22,13 +22,11 @@ class Pair(NamedTuple):
 
 
 class Work:
-    """Three samples a job; does something to its own process at one of them, while `armed` exists."""
+    """Three samples a job; does something to its own process at some of them, while `armed` exists."""
 
     buffer_bytes = 5
 
-    def __init__(
-        self, at: tuple[int, int] | None = None, deed: signal.Signals | None = None, armed: Path | None = None
-    ):
+    def __init__(self, *at: tuple[int, int], deed: signal.Signals | None = None, armed: Path | None = None):
         self.at, self.deed, self.armed = at, deed, armed
 
     def __call__(self, job, *, begin, skip, buffer):
@@ -36,7 +34,7 @@ class Work:
         for slot in range(3):
             begin(slot)
             ids.append(-skip[slot] if slot in skip else 10 * job + slot)
-            if (job, slot) == self.at and slot not in skip and (self.armed is None or self.armed.exists()):
+            if (job, slot) in self.at and slot not in skip and (self.armed is None or self.armed.exists()):
                 if self.armed is not None:
                     self.armed.unlink()
                 os.kill(os.getpid(), self.deed)
@@ -63,13 +61,21 @@ class Pids:
 
 
 class Sends:
-    buffer_bytes = 0
+    buffer_bytes = 6
 
     def __init__(self, num_bytes):
         self.num_bytes = num_bytes
 
     def __call__(self, job, *, begin, skip, buffer):
-        return torch.full((self.num_bytes,), job, dtype=torch.uint8), torch.arange(3)[::2] + job
+        turned = buffer.copy_(torch.arange(6)).view(2, 3).T
+        return torch.full((self.num_bytes,), job, dtype=torch.uint8), torch.arange(3)[::2] + job, turned
+
+
+class Fills:
+    buffer_bytes = 3 << 20  # more than the room behind it
+
+    def __call__(self, job, *, begin, skip, buffer):
+        return (buffer.fill_(job),)
 
 
 def ids_of(work, settings=FAST, num_jobs=9):
@@ -97,7 +103,7 @@ def test_killed_or_stopped_worker_is_replaced_and_nothing_changes(tmp_path, deed
     armed = tmp_path / "armed"
     armed.touch()
     with caplog.at_level(logging.WARNING):
-        assert ids_of(Work(at=(4, 1), deed=deed, armed=armed)) == PLAIN
+        assert ids_of(Work((4, 1), deed=deed, armed=armed)) == PLAIN
     assert "at job 4, sample 1; its jobs are given to a new one" in caplog.text
 
 
@@ -105,8 +111,8 @@ def test_killed_or_stopped_worker_is_replaced_and_nothing_changes(tmp_path, deed
     ("deed", "reason"), [(signal.SIGKILL, Reason.DECODE_CRASH), (signal.SIGSTOP, Reason.DECODE_TIMEOUT)]
 )
 def test_sample_that_takes_two_workers_down_is_left_out(deed, reason):
-    result = ids_of(Work(at=(4, 1), deed=deed), FAST._replace(max_restarts=1))
-    assert result == [*PLAIN[:4], [40, -reason, 42], *PLAIN[5:]]
+    result = ids_of(Work((4, 1), (7, 0), deed=deed), FAST._replace(max_restarts=1))
+    assert result == [*PLAIN[:4], [40, -reason, 42], *PLAIN[5:7], [-reason, 71, 72], PLAIN[8]]
 
 
 def test_unexplained_deaths_end_the_run():
@@ -136,15 +142,21 @@ def test_error_of_the_work_is_raised_in_its_place(error, kind, message):
 
 
 def test_tensors_of_a_result_arrive_whole_until_the_slot_is_full():
-    for job, (large, odd) in enumerate(ordered(Sends(1_000_000), range(5), FAST)):
+    for job, (large, odd, turned) in enumerate(ordered(Sends(1_000_000), range(5), FAST)):
         assert (large == job).all() and odd.tolist() == [job, job + 2]
-    with pytest.raises(ValueError, match="more than 1048576 bytes besides its frames"):
-        next(ordered(Sends(1_048_577), range(5), FAST))
+        assert turned.tolist() == [[0, 3], [1, 4], [2, 5]]
+    with pytest.raises(ValueError, match="more bytes besides its frames than a slot has room for"):
+        next(ordered(Sends(1_048_700), range(5), FAST))
+
+
+def test_tensor_that_the_work_wrote_into_the_buffer_stays_there():
+    for job, (frames,) in enumerate(ordered(Fills(), range(5), FAST)):
+        assert len(frames) == 3 << 20 and (frames == job).all()
 
 
 def test_workers_ignore_the_signals_of_the_job(tmp_path):
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        assert ids_of(Work(at=(1, 1), deed=number), FAST._replace(max_restarts=0), num_jobs=3) == PLAIN[:3]
+        assert ids_of(Work((1, 1), deed=number), FAST._replace(max_restarts=0), num_jobs=3) == PLAIN[:3]
 
 
 def test_closed_generator_leaves_no_process():

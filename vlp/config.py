@@ -358,18 +358,24 @@ def _refuse_resolver(path: str, text: str) -> str:
     return f"{path}: {text!r} is more than a reference; a config may only refer to its own values, as ${{section.key}}."
 
 
+_MISSING_CHOICE = re.compile(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'")  # of a group, alone or in a list
+
+
 def _guilty(overrides: Sequence[str], message: str) -> str | None:
     """Find the override that an error of Hydra speaks of."""
+    missing = _MISSING_CHOICE.search(message)
     for text in sorted(overrides, key=len, reverse=True):
         key, _, value = text.lstrip("+~").partition("=")
-        if text in message or f"'{key}'" in message or f"{key}/{value}'" in message:
+        if text in message or f"'{key}'" in message:
+            return text
+        if missing and key == missing[1] and missing[2] in re.split(r"[\[\], ]+", value):
             return text
     return None
 
 
 def _explain(error: Exception, guilty: str | None, conf: Path) -> str:
     text = str(error)
-    missing = re.search(r"Could not find '([\w/]+)/([^'/]+)'", text)
+    missing = _MISSING_CHOICE.search(text)
     if missing:
         group, name = missing.groups()
         known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
@@ -433,6 +439,12 @@ def _parts_errors(tree: Any, path: str, extra: Parts) -> Iterator[str]:
             yield f"{path}.{name}: a part needs a '_target_', the class that is built; got {node!r}."
         else:
             yield from target_errors(node, f"{path}.{name}", extra)
+            for key in extra & node.keys():
+                if not _fits(node[key], _EXTRA[key]):
+                    yield f"{path}.{name}.{key}: {node[key]!r} has the wrong type; expected {_name(_EXTRA[key])}."
+
+
+_EXTRA: dict[str, Any] = {"weight": float, "inputs": dict[str, str | list[str]]}  # keys beside a target's arguments
 
 
 def _argument_errors(node: Mapping, function: Callable, path: str, extra: frozenset[str]) -> Iterator[str]:

@@ -40,7 +40,6 @@ _SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
 )  # sent to every process of a job: the trainer decides, not we
-_SMALL_BYTES = 1 << 20  # of a slot, for the tensors of a result that the work did not write there itself
 _ALIGN = 64
 _START_FACTOR = 10  # a process that imports its modules may take this many times longer than a sample
 
@@ -126,7 +125,8 @@ class _Worker:
     def __init__(self, work: Work, workers: Workers) -> None:
         self._work, self._settings = work, workers
         self._context: Any = multiprocessing.get_context(workers.start_method)
-        self._slot_bytes = -(-work.buffer_bytes // _ALIGN) * _ALIGN + _SMALL_BYTES
+        # Behind the buffer there is room for text and masks, which are far smaller than frames.
+        self._slot_bytes = _aligned(work.buffer_bytes + max(1 << 20, work.buffer_bytes // 8))
         self._memory = self._context.RawArray("B", self._slot_bytes * workers.prefetch)
         self._free = deque(range(workers.prefetch))
         self.pending: deque[_Task] = deque()
@@ -254,7 +254,7 @@ def _result(work: Work, task: _Task, skip: Mapping[int, Reason], slot: Tensor, b
 
     try:
         result = work(task.job, begin=begin, skip=skip, buffer=slot[: work.buffer_bytes])
-        return _map(result, Tensor, _Packer(slot))
+        return _map(result, Tensor, _Packer(slot, buffer_bytes=work.buffer_bytes))
     except Exception as error:  # raised again by the trainer; a kind of its own could not always be sent
         if isinstance(error, ValueError):
             return _Failed(ValueError, str(error), traceback.format_exc())
@@ -264,21 +264,24 @@ def _result(work: Work, task: _Task, skip: Mapping[int, Reason], slot: Tensor, b
 class _Packer:
     """Puts the tensors of a result into its slot, those that are not there already behind `buffer`."""
 
-    def __init__(self, slot: Tensor) -> None:
-        self._slot, self._used = slot, len(slot) - _SMALL_BYTES
+    def __init__(self, slot: Tensor, *, buffer_bytes: int) -> None:
+        self._slot, self._used = slot, _aligned(buffer_bytes)
 
     def __call__(self, tensor: Tensor) -> _Placed:
-        tensor = tensor.contiguous()
-        if tensor.data_ptr() == self._slot.data_ptr():
+        if tensor.data_ptr() == self._slot.data_ptr() and tensor.is_contiguous():
             return _Placed(0, tuple(tensor.shape), tensor.dtype)
         placed = _Placed(self._used, tuple(tensor.shape), tensor.dtype)
         if placed.offset + tensor.nbytes > len(self._slot):
             raise ValueError(
-                f"a result has more than {_SMALL_BYTES} bytes besides its frames; use smaller micro-batches."
+                f"a result has more bytes besides its frames than a slot has room for; shorten tokenizer.max_length."
             )
         _view(placed, self._slot).copy_(tensor)
-        self._used += -(-tensor.nbytes // _ALIGN) * _ALIGN
+        self._used = _aligned(placed.offset + tensor.nbytes)
         return placed
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGN) * _ALIGN
 
 
 def _view(placed: _Placed, slot: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def train(cfg: DictConfig) -> int:
         config.ConfigError: the parts do not fit together, or the data cannot serve the config.
         StopRun: the run directory is refused.
     """
+    torch.manual_seed(cfg.run.seed)  # the initial weights; every step seeds itself
     system = assemble(cfg)
     directory = Path(cfg.paths.runs) / cfg.run.name
     run_dir.create(directory)

@@ -130,7 +130,7 @@ def adamw(
         group["names"].append(name)
         group["lr"] = group["base_lr"] = lr * factor
         group["weight_decay"] = weight_decay if decay else 0.0
-    return torch.optim.AdamW(list(groups.values()), betas=(betas[0], betas[1]), eps=eps, fused=True)
+    return torch.optim.AdamW(list(groups.values()), betas=(float(betas[0]), float(betas[1])), eps=eps, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
