@@ -137,6 +137,13 @@ def test_source_of_a_step_is_the_same_on_all_ranks(make):
     assert sorted(s.source for s in train(data, 0, 9)) == [0] * 6 + [1] * 3
 
 
+def test_two_sources_of_the_same_shards_have_different_orders(make, sources):
+    same = Shards(train=sources["first"].shards("train"))
+    steps = train(make(sources={"x": same, "y": same}, weights={"x": 1.0, "y": 1.0}), 0, 8)
+    ids = [ids_of([step for step in steps if step.source == source]) for source in (0, 1)]
+    assert len(ids[0]) == len(ids[1]) and ids[0] != ids[1]
+
+
 def test_tombstones_stand_in_the_place_of_bad_samples(make):
     batches = [batch for step in train(make(), 0, 12) for batch in step.batches]
     bad = [batch.status[batch.sample_id == BAD] for batch in batches]
@@ -246,6 +253,8 @@ def test_source_without_enough_samples_is_refused(make, sources):
 def test_layout_that_does_not_divide_is_refused(make):
     with pytest.raises(ValueError, match="batch_size=6 is not a multiple of num_lanes=4"):
         make(batch_size=6)
+    with pytest.raises(ValueError, match="batch_size=4 is not a multiple of accumulate=3"):
+        make(accumulate=3)
     with pytest.raises(ValueError, match="world_size=3 does not fit"):
         make().train_loader(start_step=0, num_steps=1, rank=0, world_size=3)
     with pytest.raises(ValueError, match="world_size=4 does not fit"):

@@ -19,7 +19,8 @@ from vlp.data import decode as module
 from vlp.data import gop
 from vlp.data.container import container_format, first_video, has_cuts, open_container
 from vlp.data.decode import DecodeError, decode
-from vlp.data.probe import LIMITS
+from vlp.data.probe import LIMITS, probe
+from vlp.data.sampling import Segments
 from vlp.types import Reason
 
 REAL_CLIPS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "real_clips"
@@ -169,6 +170,14 @@ def test_middle_of_frame_gives_that_frame(name):
     frames = np.rot90(decoded.frames, axes=(1, 2)) if name == "rotated" else decoded.frames
     assert clips.numbers(frames) == list(range(num_frames))
     assert np.abs(decoded.times_s - times_s).max() <= 0.5 / 30 + 1e-3  # half a frame, and the rounding of Matroska
+
+
+@pytest.mark.parametrize("name", ["b_frames", "open_gop", "start_offset", "mkv", "mpegts", "hevc", "av1", "vp9_webm"])
+def test_facts_of_the_index_lead_to_every_frame(name):
+    facts = probe(made(name))
+    times_s = Segments(num_frames=facts.num_frames)(facts.duration_s, facts.fps, None)
+    decoded = decode(made(name), times_s, short_side=48, key_frames=facts.key_frames)
+    assert clips.numbers(decoded.frames) == list(range(48))
 
 
 def test_variable_rate_shows_a_frame_until_the_next_one_starts():
@@ -454,9 +463,9 @@ def test_recording_that_goes_on_with_other_streams_gives_its_first_one():
 
 
 def test_video_may_not_open_other_files():
-    with open_container(made("b_frames"), "mp4", decode_to_probe=False, max_pixels=LIMITS.max_pixels) as container:
-        with pytest.raises(PermissionError):
-            container.io_open("concat:other.mp4", 1, {})
+    container = open_container(made("b_frames"), "mp4", decode_to_probe=False, max_pixels=LIMITS.max_pixels)
+    with container, pytest.raises(PermissionError):
+        container.io_open("concat:other.mp4", 1, {})
 
 
 @pytest.mark.parametrize("times_s", [[], [[0.0]], [np.nan], [0.0, np.inf]])

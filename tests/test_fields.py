@@ -1,3 +1,4 @@
+import fcntl
 import pickle
 import threading
 from pathlib import Path
@@ -169,17 +170,31 @@ def test_fingerprint_tells_data_apart(shards, tmp_path):
     assert reader(shards).fingerprint != reader(shards[:2]).fingerprint
 
 
-def test_shards_expand_and_are_indexed_once(shards, tmp_path):
+def test_shards_expand_and_get_their_indexes(shards, tmp_path):
     copies = copied(shards, tmp_path)
     for shard in copies:
         Path(index_url(shard)).unlink()
     source = Shards(train=[f"{tmp_path}/s-00000{{0..1}}.tar"], test=[copies[2]])
-    threads = [threading.Thread(target=source.prepare) for _ in range(3)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    source.prepare()
     assert source.shards("train") == copies[:2] and source.shards("test") == copies[2:]
     assert [len(open_index(shard)) for shard in copies] == [2, 2, 1]
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".index"] * 3 + [".tar"] * 3
     assert not source.test_is_train() and Shards(train=copies, test=copies).test_is_train()
+
+
+def test_shard_that_another_process_is_indexing_is_waited_for(shards, tmp_path):
+    (copy,) = copied(shards[:1], tmp_path)
+    index = Path(index_url(copy)).read_bytes()
+    Path(index_url(copy)).unlink()
+    waiting = threading.Thread(target=Shards(train=[copy]).prepare)
+    with open(copy, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and not Path(index_url(copy)).exists()
+        written = Path(index_url(copy)).write_bytes(index), Path(index_url(copy)).stat().st_ino
+    waiting.join()
+    assert Path(index_url(copy)).stat().st_ino == written[1]
 
 
 def test_shard_that_is_missing_or_damaged_is_named(shards, tmp_path):

@@ -103,9 +103,18 @@ def test_still_image_is_looked_at_at_time_zero(rng):
     assert Fps(num_frames=3, fps=1)(0.0, 0.0, rng).tolist() == [0]
 
 
-def test_unknown_rate_keeps_times_inside_the_video():
+class Highest:
+    """A generator that draws the largest number below 1."""
+
+    def random(self, size=None):
+        return np.full(size or (), np.nextafter(1, 0))
+
+
+@given(durations, counts)
+def test_unknown_rate_keeps_times_inside_the_video(duration_s, num_frames):
+    for sampling in (Segments(num_frames=num_frames), Dense(num_frames=num_frames, window_s=0.5)):
+        assert (sampling(duration_s, 0.0, Highest()) < duration_s).all()
     assert Segments(num_frames=1)(4.0, 0.0, None).tolist() == [2]
-    assert Dense(num_frames=2, window_s=1e-9)(1e-9, 0.0, None)[-1] < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -114,6 +123,7 @@ def test_unknown_rate_keeps_times_inside_the_video():
         (lambda: Segments(num_frames=0), "num_frames=0"),
         (lambda: Fps(num_frames=4, fps=0), "fps=0"),
         (lambda: Fps(num_frames=4, fps=float("nan")), "fps=nan"),
+        (lambda: Fps(num_frames=4, fps=float("inf")), "fps=inf"),
         (lambda: Dense(num_frames=-1, window_s=1), "num_frames=-1"),
         (lambda: Dense(num_frames=1, window_s=0), "window_s=0"),
     ],

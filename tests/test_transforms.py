@@ -67,6 +67,11 @@ def test_box_lies_inside_the_frame(height, width, seed):
     assert h >= 1 and w >= 1 and 0 <= top <= height - h and 0 <= left <= width - w
 
 
+def test_box_of_a_single_pixel_is_that_pixel():
+    crop = RandomResizedCrop(size=4, scale_min=0.01, scale_max=0.3)
+    assert {crop.box(1, 1, np.random.default_rng(seed)) for seed in range(50)} == {(0, 0, 1, 1)}
+
+
 def test_box_has_the_area_and_the_ratio_asked_for():
     crop, rng = (
         RandomResizedCrop(size=4, scale_min=0.2, scale_max=0.4, ratio_min=0.5, ratio_max=2),
@@ -141,6 +146,12 @@ def test_contrast_pulls_towards_the_mean_grey_of_the_whole_clip():
     frames = np.stack([np.full((2, 3, 3), 40, np.uint8), np.full((2, 3, 3), 140, np.uint8)])
     out = ColorJitter(contrast=0.5)(frames, Fixed(0, -1, 0, 0))
     assert np.unique(out[0]).tolist() == [65] and np.unique(out[1]).tolist() == [115]  # around 90
+
+
+def test_contrast_pulls_towards_the_grey_that_brightness_has_left():
+    frames = np.stack([np.full((2, 3, 3), 40, np.uint8), np.full((2, 3, 3), 140, np.uint8)])
+    out = ColorJitter(brightness=0.5, contrast=0.5)(frames, Fixed(1, -1, 0, 0))
+    np.testing.assert_allclose(out[:, 0, 0, 0], [97.5, 172.5], atol=0.51)  # 60 and 210 around 135
 
 
 def test_saturation_blends_with_grey():

@@ -139,6 +139,7 @@ def test_error_of_the_work_is_raised_in_its_place(error, kind, message):
     with pytest.raises(kind, match=message) as raised:
         next(results)
     assert "test_workers.py" in str(raised.value.__cause__)
+    assert not multiprocessing.active_children()
 
 
 def test_tensors_of_a_result_arrive_whole_until_the_slot_is_full():

@@ -34,6 +34,7 @@ ALLOWED = ("vlp.", "torch.optim.", "torch.nn.", "pytorch_lightning.loggers.")
 NODE_KEYS = {"_target_", "_partial_", "facts"}  # of a node; the others are arguments of its target
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
+_MISSING_CHOICE = re.compile(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'")  # of a group, alone or in a list
 _BESIDE_ARGUMENTS = {  # types of what a node may hold that is no argument
     "_target_": str,
     "_partial_": bool,
@@ -197,7 +198,7 @@ def check(cfg: DictConfig) -> list[str]:
         if text == "???"
     ]
     try:
-        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         return messages or [f"{error.full_key or 'config'}: {_first_line(error)}"]
     messages += [_refuse_resolver(path, text) for path, text in _texts(tree, "") if "${" in text]  # put together
@@ -358,9 +359,6 @@ def _refuse_resolver(path: str, text: str) -> str:
     return f"{path}: {text!r} is more than a reference; a config may only refer to its own values, as ${{section.key}}."
 
 
-_MISSING_CHOICE = re.compile(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'")  # of a group, alone or in a list
-
-
 def _guilty(overrides: Sequence[str], message: str) -> str | None:
     """Find the override that an error of Hydra speaks of."""
     missing = _MISSING_CHOICE.search(message)
@@ -375,6 +373,8 @@ def _guilty(overrides: Sequence[str], message: str) -> str | None:
 
 def _explain(error: Exception, guilty: str | None, conf: Path) -> str:
     text = str(error)
+    if isinstance(error, YAMLError):  # several lines, of which the file and the place come last
+        return " ".join(text.split())
     missing = _MISSING_CHOICE.search(text)
     if missing:
         group, name = missing.groups()
@@ -439,12 +439,6 @@ def _parts_errors(tree: Any, path: str, extra: Parts) -> Iterator[str]:
             yield f"{path}.{name}: a part needs a '_target_', the class that is built; got {node!r}."
         else:
             yield from target_errors(node, f"{path}.{name}", extra)
-            for key in extra & node.keys():
-                if not _fits(node[key], _EXTRA[key]):
-                    yield f"{path}.{name}.{key}: {node[key]!r} has the wrong type; expected {_name(_EXTRA[key])}."
-
-
-_EXTRA: dict[str, Any] = {"weight": float, "inputs": dict[str, str | list[str]]}  # keys beside a target's arguments
 
 
 def _argument_errors(node: Mapping, function: Callable, path: str, extra: frozenset[str]) -> Iterator[str]:

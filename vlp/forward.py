@@ -346,11 +346,11 @@ def _parameters(function: Callable) -> dict[str, bool]:
     return {p.name: p.default is not inspect.Parameter.empty for p in parameters}
 
 
-def _attributes(model_type: type, name: str, seen: set[str]) -> set[str]:
+def _attributes(model_type: type, name: str, seen: set[str]) -> frozenset[str]:
     """Names that a method reads from self, through the helper methods that it calls, without running anything."""
     function = getattr(model_type, name, None)
     if name in seen or not inspect.isfunction(function):
-        return set()
+        return frozenset()
     seen.add(name)
     names = _own_names(function)
     return names.union(*(_attributes(model_type, inner, seen) for inner in names))
@@ -363,8 +363,8 @@ def _own_names(function: Callable) -> frozenset[str]:
     tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
     arguments = next(node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     own = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
-    reads = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
-    return frozenset(node.attr for node in reads if node.value.id in own)
+    reads = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return frozenset(node.attr for node in reads if isinstance(node.value, ast.Name) and node.value.id in own)
 
 
 def _near(word: str, known: Iterable[str]) -> str:

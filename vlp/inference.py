@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlp import config
@@ -38,7 +38,7 @@ class Loaded:
         path, refused = checkpoint.newest_valid(run / "checkpoints")
         if path is None:
             raise ValueError(f"{run}: there is no valid checkpoint {refused or ''}; train the run further.")
-        self.cfg = OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        self.cfg = DictConfig(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
         messages = config.check(self.cfg)  # the file may come from a stranger: it is data, checked like any config
         if messages:
             raise ValueError(f"{run / 'config.yaml'}: {'; '.join(messages)}")

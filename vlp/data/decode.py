@@ -61,7 +61,8 @@ def decode(
     the table of the shard index: with it only the needed GOPs are read. Only the first video stream is read, with one
     thread. Unless the file is damaged, the result is bit-identical to that of a full decode.
 
-    Raises: DecodeError. ValueError if `times_s` or `short_side` make no sense.
+    Raises: DecodeError, with VIDEO_TRUNCATED if an mp4 was cut short and a wanted frame may be among those it lost.
+    ValueError if `times_s` or `short_side` make no sense.
     """
     times_s = np.asarray(times_s, dtype=np.float64)
     if times_s.ndim != 1 or not len(times_s) or not np.isfinite(times_s).all():

@@ -22,8 +22,6 @@ class Segments:
         _check_positive("num_frames", self.num_frames)
 
     def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
-        if duration_s <= 0:
-            return np.zeros(self.num_frames)
         inside = 0.5 if rng is None else rng.random(self.num_frames)
         times_s = (np.arange(self.num_frames) + inside) * (duration_s / self.num_frames)
         return _shown(times_s, duration_s, fps)
@@ -44,11 +42,8 @@ class Fps:
         _check_positive("fps", self.fps)
 
     def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
-        if duration_s <= 0:
-            return np.zeros(1)
         num_times = min(max(1, int(duration_s * self.fps + 1e-6)), self.num_frames)  # 1e-6: 2.9999999 frames are three
-        whole = num_times == self.num_frames or num_times == 1
-        step_s = duration_s / num_times if whole else 1 / self.fps
+        step_s = duration_s / num_times if num_times == self.num_frames else 1 / self.fps
         rest_s = duration_s - (num_times - 1) * step_s  # the first time may be anywhere in it
         start_s = rest_s * (0.5 if rng is None else rng.random())
         return _shown(start_s + np.arange(num_times) * step_s, duration_s, fps)
@@ -69,8 +64,6 @@ class Dense:
         _check_positive("window_s", self.window_s)
 
     def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
-        if duration_s <= 0:
-            return np.zeros(self.num_frames)
         window_s = min(self.window_s, duration_s)
         start_s = (duration_s - window_s) * (0.5 if rng is None else rng.random())
         times_s = start_s + (np.arange(self.num_frames) + 0.5) * (window_s / self.num_frames)
@@ -79,8 +72,8 @@ class Dense:
 
 def _shown(times_s: np.ndarray, duration_s: float, fps: float) -> np.ndarray:
     """Move times behind the middle of the last frame to it: durations are rounded, and that frame surely exists."""
-    last_s = duration_s - 0.5 / fps if fps > 0 else duration_s
-    return times_s.clip(0, max(0.0, min(last_s, float(np.nextafter(duration_s, 0)))))
+    last_s = duration_s - 0.5 / fps if fps > 0 else float(np.nextafter(duration_s, 0))
+    return times_s.clip(0, max(0.0, last_s))
 
 
 def _check_positive(name: str, value: float) -> None:

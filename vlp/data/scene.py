@@ -5,7 +5,8 @@ it. Lengths are fractions of the frame, x grows to the right and y downwards, ti
 
 Only time decides a hard negative. Events and their opposites, and an order and the swapped order, are equally frequent,
 happen in the same places and last equally long: a clip played backwards is a likely clip of the opposite events. So
-neither the words alone nor the frames without their order tell a caption from its hard negative.
+words alone never tell a caption from its hard negative. Frames without their order do not either where one event is
+reversed; where two are swapped, what is seen between them does.
 """
 
 import zlib

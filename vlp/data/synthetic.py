@@ -140,15 +140,14 @@ class World:
                 return
             # Spawned and not forked: a fork of a process whose threads hold locks can hang.
             spawn, num_workers = multiprocessing.get_context("spawn"), min(_num_cores(), len(missing))
-            with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
+            pool = ProcessPoolExecutor(num_workers, mp_context=spawn)
+            try:
                 jobs = {pool.submit(self._render_shard, shard): shard for shard in missing}
-                try:
-                    for job in as_completed(jobs):
-                        job.result()
-                        bar.update(jobs[job].num_clips)
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)  # an interrupted run must not render to the end
-                    raise
+                for job in as_completed(jobs):
+                    job.result()
+                    bar.update(jobs[job].num_clips)
+            finally:
+                pool.shutdown(cancel_futures=True)  # an interrupted run must not render to the end
 
     def _render_shard(self, shard: _Shard) -> None:
         samples = (self._sample(shard.split, index) for index in range(shard.first, shard.first + shard.num_clips))

@@ -273,7 +273,7 @@ class _Packer:
         placed = _Placed(self._used, tuple(tensor.shape), tensor.dtype)
         if placed.offset + tensor.nbytes > len(self._slot):
             raise ValueError(
-                f"a result has more bytes besides its frames than a slot has room for; shorten tokenizer.max_length."
+                "a result has more bytes besides its frames than a slot has room for; shorten tokenizer.max_length."
             )
         _view(placed, self._slot).copy_(tensor)
         self._used = _aligned(placed.offset + tensor.nbytes)

@@ -11,6 +11,7 @@ Axes: B clips, T frames or grid steps, C channels, H W pixels or cells, N tokens
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,11 @@ class VideoText(nn.Module):
         mean, std: of the pixels, in [0, 1], per channel.
     """
 
+    fusion: Any  # a module, or None; the graph refuses quantities of a part that is left out
+    decoder: Any
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
     def __init__(
         self,
         *,
@@ -50,8 +56,8 @@ class VideoText(nn.Module):
         super().__init__()
         self.video_encoder, self.text_encoder = video, text
         self.video_pool, self.text_pool = video_pool, text_pool
-        self.video_projection = nn.Linear(int(video.dim), embed_dim, bias=False)
-        self.text_projection = nn.Linear(int(text.dim), embed_dim, bias=False)
+        self.video_projection = nn.Linear(_width(video), embed_dim, bias=False)
+        self.text_projection = nn.Linear(_width(text), embed_dim, bias=False)
         self.temperature = temperature
         self.fusion, self.decoder = fusion, decoder
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
@@ -110,7 +116,7 @@ class VideoText(nn.Module):
 
     def shape_errors(self, quantities: set[str]) -> list[str]:
         """Return one line for each pair of parts that do not fit together, of those that `quantities` use."""
-        widths = {"video": int(self.video_encoder.dim), "text": int(self.text_encoder.dim)}
+        widths = {"video": _width(self.video_encoder), "text": _width(self.text_encoder)}
         taken = {"fusion": self.fusion if "fused" in quantities else None}
         taken["decoder"] = self.decoder if "caption_logits" in quantities else None
         messages = [
@@ -126,3 +132,8 @@ class VideoText(nn.Module):
                 "choose fusion=joint or wire that role to 'video'."
             )
         return messages
+
+
+def _width(part: Any) -> int:
+    """Return the width of what an encoder gives; every encoder has `dim`."""
+    return part.dim

@@ -16,7 +16,7 @@ class System(NamedTuple):
 
     model: nn.Module
     objectives: dict[str, nn.Module]
-    wirings: dict[str, Wiring]
+    wirings: Mapping[str, Wiring]
     weights: dict[str, float]
     graph: Graph
     dropped: dict[str, int]  # parts of the model that no objective uses, with their parameters; they are gone
@@ -82,7 +82,7 @@ def _try(make: Callable[[], Any], messages: list[str]) -> Any:
 def _wiring_errors(wirings: Mapping[str, Wiring], objectives: Mapping[str, nn.Module], graph: Graph) -> list[str]:
     messages = []
     for name, wiring in wirings.items():
-        known = type(objectives[name]).inputs
+        known = type(objectives[name]).inputs  # type: ignore[attr-defined]
         for role in wiring.keys() - known.keys():
             messages.append(f"objective.{name}.inputs.{role}: there is no such role; it takes {', '.join(known)}.")
     wiring_of = {f"objective.{name}": wiring for name, wiring in wirings.items()}

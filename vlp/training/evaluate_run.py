@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlp import config
@@ -50,7 +50,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, str | None, list[str]]:
 
 
 def _evaluate(run: Path, task: str | None, overrides: Sequence[str]) -> int:
-    cfg = OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    cfg = DictConfig(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     OmegaConf.set_struct(cfg, True)
     try:
         cfg.merge_with_dotlist(list(overrides))

@@ -275,7 +275,7 @@ class Attempt:
         }
         state = checkpoint.State(
             model=checkpoint.module_state(module),
-            optimizer=checkpoint.optimizer_state(module.optimizers(use_pl_optimizer=False)),
+            optimizer=checkpoint.optimizer_state(module.optimizers(use_pl_optimizer=False)),  # type: ignore[arg-type]
             ema=module.ema.average if module.ema is not None else {},
             facts=facts,
         )

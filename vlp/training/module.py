@@ -72,6 +72,7 @@ class Pretraining(pl.LightningModule):
         self.objectives = nn.ModuleDict(objectives)
         self.wirings, self.weights, self.graph, self.recipe, self.loader = wirings, weights, graph, recipe, loader
         self.ema: Ema | None = None
+        self.counters: dict[str, Any] = {name: objective.count for name, objective in objectives.items()}
         self.count_wirings = {name: _count_wiring(objectives[name], wiring) for name, wiring in wirings.items()}
         self.cursor = 0  # steps of the plan that are done, skipped ones included: the data position
         self.num_skipped = 0
@@ -116,7 +117,7 @@ class Pretraining(pl.LightningModule):
     def sum_counts(self, passes: list[ForwardPass]) -> dict[str, Tensor]:
         """Return the number of items of each objective in this rank's micro-batches, before any encoder runs."""
         return {
-            name: torch.stack([self.objectives[name].count(*forward.roles(wiring)) for forward in passes]).sum()
+            name: torch.stack([self.counters[name](*forward.roles(wiring)) for forward in passes]).sum()
             for name, wiring in self.count_wirings.items()
         }
 

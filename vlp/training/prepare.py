@@ -85,6 +85,7 @@ def fit_parts(module: nn.Module, data: VideoTextData, directory: Path, *, seed: 
         name: part for name, part in module.named_modules() if isinstance(part, Fitted) and not bool(part.fitted)
     }
     for name, part in waiting.items():
+        assert isinstance(part, nn.Module)
         path = directory / f"fitted-{name}.safetensors"
         with _only_one(directory):
             if not path.exists():

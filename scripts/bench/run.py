@@ -1,0 +1,71 @@
+"""`make bench`: take every figure of docs/benchmarks.md again and write the tables of that page.
+
+Each bench is a module with `main() -> dict`, a pair measured in one run, because machines are noisy. Name some of them
+to run only those: `python scripts/bench/run.py step_overhead`.
+"""
+
+import datetime
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
+BENCHES = ("step_overhead",)
+
+
+def main(names: Sequence[str]) -> None:
+    """Run the benches and replace their sections of the page."""
+    for name in names or BENCHES:
+        if name not in BENCHES:
+            sys.exit(f"there is no bench '{name}'; there are {', '.join(BENCHES)}.")
+        module = importlib.import_module(name)
+        figures = module.main()
+        section = _section(name, module.__doc__ or "", figures)
+        print(section)
+        _replace(name, section)
+
+
+def _section(name: str, about: str, figures: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in figures.items()
+    ]
+    cores = len(os.sched_getaffinity(0))
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    where = f"{datetime.date.today()}, {_processor()}, {cores} cores, {versions}"
+    return "\n".join(
+        [
+            about.strip(),
+            "",
+            "| figure | value |",
+            "|---|---|",
+            *rows,
+            "",
+            f"`python scripts/bench/run.py {name}`; {where}",
+        ]
+    )
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _replace(name: str, section: str) -> None:
+    """Put the section between the markers of its bench."""
+    text = PAGE.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    PAGE.write_text(f"{head}{begin}\n{section}\n{end}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
