@@ -126,7 +126,7 @@ def test_every_key_that_makes_another_run_is_listed(tmp_path):
 
 
 def test_a_key_that_only_begins_like_a_free_one_is_not_free(tmp_path):
-    with pytest.raises(StopRun, match="trainer.devices_per_node"):
+    with pytest.raises(StopRun, match=r"trainer\.devices_per_node"):
         run_dir.refuse_other_config(stored(tmp_path), {**CONFIG, "trainer": {"devices_per_node": 2}})
 
 

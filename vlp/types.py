@@ -67,11 +67,11 @@ class Tokens(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Video features that keep their place in time and space, and `prefix` tokens that have none (CLS, registers)."""
+    """Video features that keep their place in time and space, and the class tokens, which have none."""
 
     x: Tensor  # [B, T, H, W, D]
     mask: Tensor  # [B, T] bool, True = real
-    prefix: Tensor  # [B, P, D]; P may be 0
+    prefix: Tensor  # [B, P, D]; P is 0, 1 (one a clip) or T (one a frame)
 
 
 class Fused(NamedTuple):

@@ -7,10 +7,12 @@ all other decoders shut.
 
 import io
 import re
+from collections.abc import Iterator
 from typing import NoReturn
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
@@ -78,6 +80,14 @@ def has_cuts(data: bytes) -> bool:
         if int.from_bytes(table[4:8]) - pause > 1:
             return True
     return False
+
+
+def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """Yield the packets that hold something, from where the file stands."""
+    try:
+        yield from (packet for packet in container.demux(stream) if packet.size)
+    except IndexError:
+        return  # PyAV, at the end of a damaged MPEG-TS file where streams have appeared that it does not know
 
 
 def first_video(container: InputContainer) -> VideoStream | None:

@@ -18,6 +18,8 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from vlp.data.container import read_packets
+
 MAX_REORDER = 16  # how many frames may come before a frame in decoding order and after it in display (H.264, HEVC)
 UNTIMED = frozenset({"avi"})  # stores no PTS, and what FFmpeg puts there is wrong where frames are reordered
 SEEKABLE = frozenset({"mp4", "matroska"})  # a seek lands on a key frame not after the one asked for; it is checked
@@ -122,10 +124,7 @@ def _entry(keys: np.ndarray, pts: np.ndarray, frame: int) -> int:
 
 def demux(source: Source) -> Iterator[Packet]:
     """Yield the packets from where the file stands."""
-    try:
-        yield from (packet for packet in source.container.demux(source.stream) if packet.size)
-    except IndexError:
-        return  # PyAV, at the end of a damaged MPEG-TS file where streams have appeared that it does not know
+    return read_packets(source.container, source.stream)
 
 
 def _until(packets: Iterable[Packet], target: int | None, *, kind: str) -> Iterator[Packet]:

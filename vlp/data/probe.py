@@ -16,7 +16,15 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from vlp.data.container import CODECS, IMAGES, codec_name, container_format, first_video, open_container
+from vlp.data.container import (
+    CODECS,
+    IMAGES,
+    codec_name,
+    container_format,
+    first_video,
+    open_container,
+    read_packets,
+)
 from vlp.types import Reason
 
 _HEADER_TELLS = ("mp4", "matroska")  # containers that say all without a decoded frame
@@ -212,8 +220,8 @@ def _demux(
     rows: list[tuple[int, int, bool, bool]] = []
     frame = None
     try:
-        for packet in container.demux(stream):
-            if packet.size == 0 or (rows and kind in IMAGES):
+        for packet in read_packets(container, stream):
+            if rows and kind in IMAGES:
                 continue
             if packet.is_corrupt and kind != "mpegts":  # there it marks a lost transport packet
                 raise ProbeError(Reason.VIDEO_TRUNCATED, f"packet {len(rows)} is cut short")

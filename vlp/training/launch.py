@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlp import config, dist
 from vlp.data.datamodule import VideoTextData
+from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
 from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
 from vlp.training.assemble import System, assemble, plain
@@ -65,6 +66,11 @@ def train(cfg: DictConfig) -> int:
     """
     torch.manual_seed(cfg.run.seed)  # the initial weights; every step seeds itself
     system = assemble(cfg)
+    if cfg.trainer.checkpoint_activations:
+        checkpoint_blocks(system.model)
+    if cfg.trainer.compile:
+        for block in blocks_of(system.model):
+            block.compile()
     directory = Path(cfg.paths.runs) / cfg.run.name
     run_dir.create(directory)
     first = environment.is_first_process()
