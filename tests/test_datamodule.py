@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 
 import numpy as np
@@ -129,6 +130,11 @@ def test_micro_batches_of_all_ranks_hold_the_same_samples_for_any_world_size(mak
         return [{i for part in parts for i in part.batches[m].sample_id.tolist()} for m in range(2)]
 
     assert micro(1) == micro(2)
+
+
+def test_loader_can_be_sent_to_spawned_processes(make):
+    loader = make().train_loader(start_step=2, num_steps=2, rank=0, world_size=1)
+    assert_same(list(pickle.loads(pickle.dumps(loader))), list(loader))
 
 
 def test_source_of_a_step_is_the_same_on_all_ranks(make):

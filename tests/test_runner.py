@@ -94,7 +94,7 @@ def everything(rank, world, folder):
         where = {"step": len(metas), "out_dir": folder / str(world) / "eval"}
         result = evaluate(model, toy_graph(model), tasks, data, **where, **options)
         assert model.sizes == {4}
-        assert result == json.loads((where["out_dir"] / f"step-{len(metas):06d}.json").read_text())
+        assert result == json.loads((where["out_dir"] / f"step-{len(metas):06d}.toys.json").read_text())
 
 
 def process(rank, folder):
@@ -139,7 +139,7 @@ def test_result_says_what_was_evaluated(tmp_path):
         "trained_on_these": False,
     }
     assert result["tasks"]["retrieval"]["title"] == "Text-video retrieval"
-    assert [path.name for path in (tmp_path / "eval").glob("step*")] == ["step-000005.json"]
+    assert [path.name for path in (tmp_path / "eval").glob("step*")] == ["step-000005.toys.json"]
 
 
 def test_model_runs_in_eval_mode_without_gradient_and_returns_to_its_own(tmp_path):
@@ -206,7 +206,7 @@ def test_a_second_evaluation_replaces_the_first_but_not_its_pictures(tmp_path):
     pictures = {path: path.stat().st_mtime_ns for path in (tmp_path / "eval/media").iterdir()}
     result = run(tmp_path, lookup(), make_data(THREE, trained_on_these=True))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "eval/media").iterdir()} == pictures
-    assert json.loads((tmp_path / "eval/step-000005.json").read_text()) == result
+    assert json.loads((tmp_path / "eval/step-000005.toys.json").read_text()) == result
     assert not list((tmp_path / "eval").rglob("*.part"))
 
 

@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
-from yaml import YAMLError
 
 CONF = Path(__file__).parent.parent / "conf"
 ALLOWED = ("vlp.", "torch.optim.", "torch.nn.", "pytorch_lightning.loggers.")
@@ -275,7 +275,7 @@ def resolve(target: Any) -> Callable:
     """
     allowed = (*ALLOWED, *_user_packages())
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_][\w.]*", target) or not target.startswith(allowed):
-        raise ConfigError([f"{target!r} is outside the allowed packages {', '.join(allowed)}{_how_to_allow(target)}"])
+        raise ConfigError([f"{target!r} is outside the allowed packages {_listed(allowed)}{_how_to_allow(target)}"])
     module_name, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
@@ -289,9 +289,7 @@ def resolve(target: Any) -> Callable:
         raise ConfigError([f"'{module_name}' has no '{name}'{_near(name, public)}"]) from None
     home = f"{getattr(found, '__module__', None)}."
     if not home.startswith(allowed) or not callable(found):
-        raise ConfigError(
-            [f"'{target}' is defined in '{home[:-1]}', outside the allowed packages {', '.join(allowed)}."]
-        )
+        raise ConfigError([f"'{target}' is defined in '{home[:-1]}', outside the allowed packages {_listed(allowed)}."])
     if not inspect.isclass(found) and home.startswith(ALLOWED):
         raise ConfigError([f"'{target}' is no class; a config names the class of a part."])
     return found
@@ -302,6 +300,10 @@ def _user_packages() -> tuple[str, ...]:
     return tuple(f"{name.strip()}." for name in os.environ.get("VLP_ALLOW", "").split(",") if name.strip())
 
 
+def _listed(packages: Iterable[str]) -> str:
+    return ", ".join(package.rstrip(".") for package in packages)
+
+
 def _how_to_allow(target: Any) -> str:
     package = str(target).partition(".")[0]
     if not package.isidentifier() or package in sys.stdlib_module_names:
@@ -310,9 +312,24 @@ def _how_to_allow(target: Any) -> str:
 
 
 def _prepared(overrides: Sequence[str], conf: Path) -> list[str]:
-    """Put `+experiment` before `+scale`, which changes the experiment; write GROUP=null as Hydra wants it, ~GROUP."""
-    groups = {f"{path.name}=null" for path in conf.iterdir() if path.is_dir()}
-    texts = [f"~{text.removesuffix('=null')}" if text in groups else text for text in overrides]
+    """Say what the user means in the grammar of Hydra, and put `+scale` last, because it changes the experiment.
+
+    GROUP=null leaves a group out, GROUP=NAME adds one that has no default, and a key that no file sets is added:
+    whether it exists is the question of `check`, which knows the parameters of every part.
+    """
+    listed = yaml.safe_load((conf / "train.yaml").read_text(encoding="utf-8"))["defaults"]
+    defaults = {group: chosen for entry in listed if isinstance(entry, Mapping) for group, chosen in entry.items()}
+    groups = {path.name for path in conf.iterdir() if path.is_dir()}
+    texts = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if key in groups and value == "null":
+            text = f"{key}=[]" if isinstance(defaults.get(key), list) else f"~{key}"
+        elif key in groups:
+            text = text if key in defaults else f"+{text}"
+        elif equals and re.fullmatch(r"[\w.-]+", key):
+            text = f"++{text}"
+        texts.append(text)
     return sorted(texts, key=lambda text: text.startswith("+scale"))
 
 
@@ -324,7 +341,7 @@ def _compose(overrides: list[str], conf: Path) -> tuple[DictConfig | None, list[
         while True:
             try:
                 return compose("train", overrides=overrides), messages
-            except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
                 guilty = _guilty(overrides, str(error))
                 messages.append(_explain(error, guilty, conf))
                 if guilty is None:
@@ -373,30 +390,14 @@ def _guilty(overrides: Sequence[str], message: str) -> str | None:
 
 def _explain(error: Exception, guilty: str | None, conf: Path) -> str:
     text = str(error)
-    if isinstance(error, YAMLError):  # several lines, of which the file and the place come last
+    if isinstance(error, yaml.YAMLError):  # several lines, of which the file and the place come last
         return " ".join(text.split())
     missing = _MISSING_CHOICE.search(text)
     if missing:
         group, name = missing.groups()
         known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
         return f"{group}={name}: there is no conf/{group}/{name}.yaml{_near(name, known)}"
-    if guilty and ("not in struct" in text or "Could not override" in text):
-        key = guilty.lstrip("+~").partition("=")[0]
-        return f"{guilty}: unknown key '{key}'{_near(key, _known_keys(conf))}"
     return f"{guilty}: {_first_line(error)}" if guilty else _first_line(error)
-
-
-def _known_keys(conf: Path) -> list[str]:
-    cfg = compose("train")
-    keys: list[str] = []
-
-    def walk(node: Any, path: str) -> None:
-        for key in node if isinstance(node, Mapping) else ():
-            keys.append(f"{path}.{key}".lstrip("."))
-            walk(node[key], keys[-1])
-
-    walk(OmegaConf.to_container(cfg, resolve=False), "")
-    return keys
 
 
 def _section_errors(tree: Any, schema: type, path: str) -> Iterator[str]:
@@ -567,4 +568,5 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

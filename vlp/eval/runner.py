@@ -1,4 +1,4 @@
-"""Runs all tasks of an evaluation over one split, on one forward pass a batch, and writes step-NNNNNN.json.
+"""Runs all tasks of an evaluation over one split, on one forward pass a batch, and writes step-NNNNNN.SOURCE.json.
 
     batches of this rank --filled to one shape--> ForwardPass --> task.update, each task     all ranks alike
     task.finish --rows, examples--> film strips --> JSON                                     rank 0, shared with all
@@ -79,7 +79,7 @@ def evaluate(
     device: torch.device | str,
     scorers: Mapping[str, Scorer] = {},
 ) -> dict:
-    """Return, on all ranks, the result that rank 0 has written to out_dir/step-NNNNNN.json.
+    """Return, on all ranks, the result that rank 0 has written to out_dir/step-NNNNNN.SOURCE.json.
 
     Args:
         model: all ranks' model, which is left in the mode in which it was found.
@@ -111,7 +111,7 @@ def evaluate(
     }
     if dist.rank() == 0:
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-        strips.replace(out_dir / f"step-{step:06d}.json", text.encode())
+        strips.replace(out_dir / f"step-{step:06d}.{data.source}.json", text.encode())
     return everyone(result)[0]
 
 

@@ -45,14 +45,13 @@ class Contrastive(nn.Module):
         everyone = (lambda x: x) if self.local_negatives else dist.gather
         first = 0 if self.local_negatives else dist.rank() * len(video)
         video, text = (_zero_invalid(x.float(), valid) for x in (video, text))
-        columns_valid = everyone(valid)  # [G]
+        allowed = everyone(valid)  # [G]
         targets = first + torch.arange(len(video), device=video.device)  # [B]
-        own = F.one_hot(targets, len(columns_valid)).bool()  # [B, G]; stays in rows of masked slots: all -inf gives NaN
         total = video.new_zeros(())
         with torch.autocast(video.device.type, enabled=False):  # half precision rounds logits of 50 by up to 0.1
             for rows, columns in ((video, everyone(text)), (text, everyone(video))):
-                logits = (scale * rows @ columns.T).masked_fill(~(columns_valid | own), -torch.inf)  # [B, G]
-                losses = F.cross_entropy(logits, targets, reduction="none")
+                logits = (scale * rows @ columns.T).masked_fill(~allowed, -torch.inf)  # [B, G]
+                losses = F.cross_entropy(logits, targets, reduction="none")  # inf or NaN in rows of masked slots
                 total = total + torch.where(valid, losses, 0.0).sum()
         return Term(self.factor * total, self.count(valid))
 

@@ -145,7 +145,7 @@ class Task(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """eval/step-NNNNNN.json: one evaluation of one source."""
+    """eval/step-NNNNNN.SOURCE.json: one evaluation of one source."""
 
     step: int = 0
     source: str = ""

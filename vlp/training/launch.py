@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vlp import config, dist
+from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
@@ -211,6 +212,9 @@ class Attempt:
         if self.module.ema is not None:
             self.module.ema.load(self.restored.ema)
         facts = self.restored.facts
+        if facts["plan_version"] != plan.VERSION:
+            message = f"{path.name} counts steps of another order of the data; finish it with the vlp that made it."
+            raise StopRun(Exit.RESUME_REFUSED, message)
         if facts["fingerprints"] != self.data.fingerprints():
             message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
@@ -276,6 +280,7 @@ class Attempt:
             "cursor": module.cursor,
             "num_skipped": module.num_skipped,
             "fingerprints": self.data.fingerprints(),
+            "plan_version": plan.VERSION,
             "config": plain(self.cfg),
             "seed": self.cfg.run.seed,
         }

@@ -43,6 +43,6 @@ def read(path: Path) -> list[dict[str, str]]:
     """Return the complete rows of a file; a last line cut by a kill is left out."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode()  # not read_text, for which the first half of a line's end is an end
     lines = text[: text.rfind("\n") + 1].splitlines()  # a number that was cut is still a number
     return [{k: v for k, v in row.items() if v} for row in csv.DictReader(lines)]
