@@ -292,7 +292,7 @@ def test_the_command_line_has_the_last_word(conf):
     assert config.load(["trainer.max_steps=7", "+scale=tiny"], conf=conf).trainer.max_steps == 7
 
 
-@pytest.mark.parametrize("override", ["view=[]", "view=null", "fusion=null", "objective=[captioning]"])
+@pytest.mark.parametrize("override", ["view=[]", "view=null", "fusion=null", "experiment=null"])
 def test_optional_groups_may_be_left_out(conf, override):
     write(conf, "view/tubes", f"# @package view\nt: {PART}\n")
     write(conf, "fusion/joint", f"_target_: {TEMPERATURE}\n")
@@ -316,7 +316,7 @@ CANARY = "s3cret-canary"
         "paths: {runs: 'oc.env'}\nrun: {name: '${${paths.runs}:VLP_CANARY}'}",
         "paths: {runs: 'oc.env:VLP_CANARY'}\nrun: {name: '${${paths.runs}}'}",
         "clip: {transforms_test: [{_target_: '${oc.env:VLP_CANARY}'}]}",
-        "paths: {runs: '$'}\nrun: {name: '${paths.runs}{oc.env:VLP_CANARY}'}",  # whole only once it is put together
+        "paths: {runs: '$', data: '${paths.runs}{oc.env:VLP_CANARY}'}",  # whole only once it is put together
         "defaults: [override /schedule: '${oc.env:VLP_CANARY}']",
         "defaults: ['/schedule/${oc.env:VLP_CANARY}']",
     ],
@@ -426,6 +426,8 @@ def test_build_refuses_targets_that_were_never_checked():
     for node in ({"_target_": "os.system", "command": "true"}, {"_target_": TEMPERATURE, "init": inner}):
         with pytest.raises(config.ConfigError, match="is outside the allowed packages"):
             config.build(node, "text")
+    with pytest.raises(config.ConfigError, match=r"text.int: .* Did you mean 'init'?"):
+        config.build({"_target_": TEMPERATURE, "int": 0.1}, "text")
 
 
 def test_build_reports_a_refused_value_with_its_path():

@@ -183,7 +183,15 @@ def test_mask_patches_hides_nothing_in_padding_frames():
     assert hidden.flatten(2).any(-1).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]]
 
 
-# Twelve clips of eight keys; valid: all but 2 and 9. Similarity: clip i is close to clip i ^ 1.
+def test_reverse_frames_turns_the_real_frames_and_leaves_the_padding():
+    frames = torch.arange(10).view(2, 5, 1, 1, 1).expand(2, 5, 2, 3, 3).byte()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    (turned,) = views.ReverseFrames()(frames, mask)
+    assert turned[:, :, 0, 0, 0].tolist() == [[4, 3, 2, 1, 0], [7, 6, 5, 8, 9]] and turned.dtype == torch.uint8
+    assert torch.equal(views.ReverseFrames()(turned, mask)[0], frames)
+
+
+# Twelve clips; valid: all but 2 and 9. Similarity: clip i is close to clip i ^ 1.
 NUM = 12
 CLIP_KEYS = torch.arange(NUM) * 7919 + 5
 CLIP_VALID = torch.ones(NUM, dtype=torch.bool).index_fill(0, torch.tensor([2, 9]), False)

@@ -318,15 +318,13 @@ def _prepared(overrides: Sequence[str], conf: Path) -> list[str]:
     whether it exists is the question of `check`, which knows the parameters of every part.
     """
     listed = yaml.safe_load((conf / "train.yaml").read_text(encoding="utf-8"))["defaults"]
-    defaults = {group: chosen for entry in listed if isinstance(entry, Mapping) for group, chosen in entry.items()}
+    defaults = {group for entry in listed if isinstance(entry, Mapping) for group in entry}
     groups = {path.name for path in conf.iterdir() if path.is_dir()}
     texts = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        if key in groups and value == "null":
-            text = f"{key}=[]" if isinstance(defaults.get(key), list) else f"~{key}"
-        elif key in groups:
-            text = text if key in defaults else f"+{text}"
+        if key in groups:
+            text = ("" if key in defaults else "+") + (f"{key}=[]" if value == "null" else text)
         elif equals and re.fullmatch(r"[\w.-]+", key):
             text = f"++{text}"
         texts.append(text)
