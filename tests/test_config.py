@@ -340,6 +340,12 @@ def test_the_refusal_of_a_resolver_says_what_is_allowed(conf):
     assert message.endswith("; a config may only refer to its own values, as ${section.key}.")
 
 
+def test_a_reference_to_a_part_that_is_left_out_says_so(conf):
+    assert messages(conf, experiment="objective: {contrastive: {dim: '${fusion.dim}'}}") == [
+        "objective.contrastive.dim: refers to fusion.dim, but fusion is left out; leave this out too, or choose one."
+    ]
+
+
 @pytest.mark.parametrize("reference", ["${optim.rl}", "${optim.lr}"])
 def test_references_that_lead_nowhere_are_refused(conf, reference):
     assert messages(conf, experiment=f"optim: {{lr: '{reference}'}}")[0].startswith("optim.lr: ")

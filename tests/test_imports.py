@@ -1,6 +1,7 @@
 """The import table: which part of vlp may know which other. Read from the source, also inside functions."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
 
 
+@functools.cache
 def imports(path: Path) -> list[tuple[int, str]]:
     """Line and full name of everything that a file imports, relative imports too; `if TYPE_CHECKING` counts."""
     found = []

@@ -200,7 +200,7 @@ def check(cfg: DictConfig) -> list[str]:
     try:
         tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        return messages or [f"{error.full_key or 'config'}: {_first_line(error)}"]
+        return messages or [f"{error.full_key or 'config'}: {_reference_error(str(error)) or _first_line(error)}"]
     messages += [_refuse_resolver(path, text) for path, text in _texts(tree, "") if "${" in text]  # put together
     messages += _section_errors(tree, Root, "")
     return messages or list(_value_errors(tree))
@@ -372,6 +372,11 @@ def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
 
 def _refuse_resolver(path: str, text: str) -> str:
     return f"{path}: {text!r} is more than a reference; a config may only refer to its own values, as ${{section.key}}."
+
+
+def _reference_error(text: str) -> str | None:
+    left_out = re.search(r"trying to access ([\w.]+): node `([\w.]+)` is not a container", text)
+    return left_out and f"refers to {left_out[1]}, but {left_out[2]} is left out; leave this out too, or choose one."
 
 
 def _guilty(overrides: Sequence[str], message: str) -> str | None:
