@@ -8,7 +8,7 @@ WORKERS ?= 2
 .PHONY: demo test lint bench clean setup lock
 
 demo: setup
-	$(RUN) train.py +experiment=demo
+	$(RUN) train.py +experiment=quickstart run.name=demo
 
 test: setup
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
