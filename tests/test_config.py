@@ -18,6 +18,7 @@ TRAIN = f"""
 defaults: [_self_, schedule: constant, objective: [contrastive], data: world]
 fusion: null
 decoder: null
+connector: {}
 view: {{}}
 objective: {{}}
 logger: {{}}

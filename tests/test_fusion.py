@@ -13,6 +13,7 @@ from vlp.fusion.cross import CrossFusion
 from vlp.fusion.decoder import CaptionDecoder
 from vlp.fusion.joint import JointFusion
 from vlp.layers.block import blocks_of
+from vlp.layers.grid import PrefixTokens
 from vlp.layers.pool import AttentionPool
 from vlp.types import Grid, Tokens
 
@@ -108,6 +109,24 @@ def test_pair_without_anything_real_is_finite_forward_and_backward(fusion):
     out = model(Grid(x, mask & keep, prefix), Tokens(text().x, WORDS & keep))
     out.text.x.sum().backward()
     assert out.text.x.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("num_prefix", [1, T])
+def test_fusion_and_decoder_that_read_the_prefix_do_not_see_the_cells(num_prefix):
+    for part, words in (
+        (build(CrossFusion, reads=PrefixTokens()), (text(),)),
+        (decoder(reads=PrefixTokens()), (ids(), WORDS)),
+    ):
+        ours = video(num_prefix=num_prefix)
+        other_cells, other_prefix = ours._replace(x=ours.x + 1.0), ours._replace(prefix=ours.prefix.sin())
+        outs = [part(grid, *words) for grid in (ours, other_cells, other_prefix)]
+        first, same, other = (out if isinstance(out, torch.Tensor) else out.text.x for out in outs)
+        assert torch.equal(first, same) and not torch.allclose(first, other, atol=1e-4)
+
+
+def test_prefix_of_a_video_without_class_tokens_names_the_other_choice():
+    with pytest.raises(ValueError, match="AllTokens"):
+        decoder(reads=PrefixTokens())(video(num_prefix=0), ids(), WORDS)
 
 
 def test_text_without_a_video_ignores_what_the_video_holds():

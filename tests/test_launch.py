@@ -44,6 +44,20 @@ def test_stopped_run_continues_bit_for_bit(place):
     assert all(torch.equal(expected[name], actual[name]) for name in expected.keys() | actual.keys())
 
 
+def test_evaluation_in_the_loop_is_written_and_logged_and_changes_no_step(place):
+    more = (ONE, "trainer.max_steps=3")
+    assert train(place, "eval_end", *more) == train(place, "eval_often", *more, "eval.every=1") == Exit.DONE
+    run = place / "runs" / "eval_often"
+    assert sorted(path.name for path in (run / "eval").glob("step-*.world.json")) == [
+        f"step-{step:06d}.world.json" for step in (1, 2, 3)
+    ]
+    header, *rows = (run / "metrics.csv").read_text().splitlines()
+    place_of = header.split(",").index("val/world/t2v_r1")
+    assert sum(bool(row.split(",")[place_of]) for row in rows) == 3
+    expected, actual = weights(place, "eval_end", 3), weights(place, "eval_often", 3)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
 def test_finished_run_started_again_trains_nothing(place, capsys):
     assert train(place, "twice", ONE) == Exit.DONE
     before = (place / "runs" / "twice" / "metrics.csv").read_text()
@@ -103,7 +117,10 @@ def test_non_finite_gradient_is_skipped_by_policy_and_moves_nothing(place):
     assert all(value.isfinite().all() for value in weights(place, "skip", 2).values())
 
 
-@pytest.mark.parametrize("dropped", ["contrastive", "matching", "masked_words", "masked_visual", "captioning"])
+DROPPED = ["contrastive", "matching", "masked_words", "masked_visual", "captioning", "temporal_order"]
+
+
+@pytest.mark.parametrize("dropped", DROPPED)
 def test_run_trains_without_any_one_objective(place, dropped):
     assert train(place, f"without_{dropped}", f"objective.{dropped}=null", "trainer.max_steps=1") == Exit.DONE
 

@@ -191,6 +191,20 @@ def test_reverse_frames_turns_the_real_frames_and_leaves_the_padding():
     assert torch.equal(views.ReverseFrames()(turned, mask)[0], frames)
 
 
+@pytest.mark.parametrize("num_prefix", [0, 5])
+def test_reverse_encoded_is_the_encoding_of_the_reversed_frames(num_prefix):
+    frames = torch.arange(10).view(2, 5, 1, 1, 1).expand(2, 5, 2, 3, 3).byte()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+
+    def encode(frames):
+        x = frames.float().sin()
+        return Grid(x, mask, x.mean((2, 3))[:, :num_prefix])
+
+    (turned,) = views.ReverseEncoded()(encode(frames))
+    for got, want in zip(turned, encode(views.ReverseFrames()(frames, mask)[0]), strict=True):
+        assert torch.equal(got, want)
+
+
 # Twelve clips; valid: all but 2 and 9. Similarity: clip i is close to clip i ^ 1.
 NUM = 12
 CLIP_KEYS = torch.arange(NUM) * 7919 + 5

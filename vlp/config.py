@@ -151,6 +151,7 @@ class Root:
     tokenizer: Tokenizer
     data: Data
     video: Node
+    connector: Annotated[dict[str, Any], Parts()]  # stages after the video encoder, in order
     text: Node
     fusion: Node | None
     decoder: Node | None

@@ -161,10 +161,26 @@ class ReverseFrames:
 
     def __call__(self, frames: Tensor, frame_mask: Tensor) -> tuple[Tensor]:
         """Return (frames,): [B, T, H, W, 3] uint8."""
-        places = torch.arange(frames.shape[1], device=frames.device)
-        backwards = frame_mask.sum(1, keepdim=True) - 1 - places  # [B, T], negative at the padding
-        source = torch.where(backwards >= 0, backwards, places)
-        return (frames[torch.arange(len(frames), device=frames.device)[:, None], source],)
+        backwards = _backwards(frame_mask)
+        return (frames[_rows(backwards), backwards],)
+
+
+class ReverseEncoded:
+    """Play each clip backwards after the video encoder: as ReverseFrames, and cheaper, for encoders frame by frame.
+
+    With an encoder that sees several frames at once this is not the clip played backwards: use ReverseFrames there.
+    """
+
+    writes = ("encoded",)
+    detached = ()
+
+    def __call__(self, encoded: Grid) -> tuple[Grid]:
+        """Return (encoded,): cells [B, T, H, W, D] and class tokens [B, 0 or T, D] in reverse order of frames."""
+        x, mask, prefix = encoded
+        backwards = _backwards(mask)
+        if prefix.shape[1]:
+            prefix = prefix[_rows(backwards), backwards]
+        return (Grid(x[_rows(backwards), backwards], mask, prefix),)
 
 
 class WrongText:
@@ -209,6 +225,18 @@ class WrongVideo:
         similarity = _similarity(text_embed, video_embed, logit_scale) if self.hard else None
         index, found = _draw_other(similarity, valid, key)
         return Grid(*(dist.gather(field)[index] for field in video)), found
+
+
+def _backwards(mask: Tensor) -> Tensor:
+    """Return for each place of mask [B, T] the place to read, int64: real frames in reverse, padding as it is."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    source = mask.sum(1, keepdim=True) - 1 - places  # [B, T], negative at the padding
+    return torch.where(source >= 0, source, places)
+
+
+def _rows(places: Tensor) -> Tensor:
+    """Return [B, 1], the row numbers that go with places [B, T] in indexing."""
+    return torch.arange(len(places), device=places.device)[:, None]
 
 
 def _units_present(units: Tensor) -> Tensor:

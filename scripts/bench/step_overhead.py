@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from vlp import config
 from vlp.training import optim
-from vlp.training.assemble import assemble, plain
+from vlp.training.assemble import assemble
 from vlp.training.callbacks import Bar, MetricsLog
+from vlp.training.launch import recipe_of
 from vlp.training.metrics_csv import MetricsCsv
-from vlp.training.module import Pretraining, Recipe
+from vlp.training.module import Pretraining
 from vlp.types import Batch
 
-OVERRIDES = ("+experiment=quickstart", "objective=[contrastive]", "trainer.progress_bar=true")
-NUM_STEPS, NUM_PAIRS, BATCH_SIZE = 20, 7, 32
+OVERRIDES = ("+experiment=quickstart", "objective=[contrastive]", "trainer.max_steps=20")
+NUM_STEPS, NUM_PAIRS, BATCH_SIZE = 20, 9, 64
 
 
 class StepBatch(NamedTuple):
@@ -82,7 +83,7 @@ def _framework(cfg: Any, batches: list[Batch]) -> float:
         wirings=system.wirings,
         weights=system.weights,
         graph=system.graph,
-        recipe=_recipe(cfg),
+        recipe=recipe_of(cfg),
         loader=lambda start: [StepBatch((batch,), step, 0, 0.0) for step, batch in enumerate(batches)],
     )
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
@@ -107,7 +108,7 @@ def _hand_written(cfg: Any, batches: list[Batch]) -> float:
     """Seconds a step of the shortest loop that does the same arithmetic."""
     torch.manual_seed(0)
     system = assemble(cfg)
-    model, recipe = system.model.train(), _recipe(cfg)
+    model, recipe = system.model.train(), recipe_of(cfg)
     parameters = [p for p in model.parameters() if p.requires_grad]
     chosen = optim.settings(model, layer_decay=None, lr_factors={})
     optimizer = optim.adamw(chosen, **recipe.optimizer)
@@ -126,7 +127,7 @@ def _hand_written(cfg: Any, batches: list[Batch]) -> float:
 
 def _contrastive_loss(model: Any, batch: Batch) -> Tensor:
     pixels = (batch.frames.permute(0, 1, 4, 2, 3) / 255 - _channel(0.45)) / _channel(0.225)
-    grid = model.video_encoder(pixels, batch.frame_mask, None)
+    grid = model.connectors(model.video_encoder(pixels, batch.frame_mask, None))
     video = nn.functional.normalize(model.video_projection(model.video_pool(grid)), dim=-1)
     tokens = model.text_encoder(batch.text_ids, batch.text_mask)
     text = nn.functional.normalize(model.text_projection(model.text_pool(tokens)), dim=-1)
@@ -138,20 +139,6 @@ def _contrastive_loss(model: Any, batch: Batch) -> Tensor:
 
 def _channel(value: float) -> Tensor:
     return torch.full((3, 1, 1), value)
-
-
-def _recipe(cfg: Any) -> Recipe:
-    return Recipe(
-        optimizer={key: plain(cfg.optim)[key] for key in ("lr", "betas", "eps", "weight_decay")},
-        layer_decay=None,
-        lr_factors={},
-        schedule=config.build(cfg.schedule),
-        max_steps=NUM_STEPS,
-        clip_grad_norm=cfg.trainer.clip_grad_norm,
-        nan_policy="stop",
-        max_skipped_steps=0,
-        seed=0,
-    )
 
 
 class _Stamps(pl.Callback):

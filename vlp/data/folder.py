@@ -6,16 +6,13 @@ The digest covers names, sizes and times of all files, the captions and the opti
 old is used. What is lost on the way is counted in `dropped`, and stops nothing.
 """
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -32,7 +29,6 @@ EXTENSIONS = (*VIDEOS, *STILLS)
 _VERSION = 1  # of what is written; another one makes every cache anew
 _BATCH = 1024  # videos whose facts are waited for at once
 _SUMMARY, _DROPPED = "folder.json", "dropped.json"
-_log = logging.getLogger(__name__)
 
 
 class _Video(NamedTuple):
@@ -88,7 +84,7 @@ class Folder:
         try:
             if not _is_whole(target):  # asked again under the lock; a cache that is whole may be read-only
                 os.makedirs(self.cache, exist_ok=True)
-                with _locked(target + ".lock"):
+                with storage.locked(target + ".lock"):
                     if not _is_whole(target):
                         self._build(files, captions, target)
         except OSError as error:
@@ -243,18 +239,6 @@ def _read_all(folder: str, clips: Iterable[Clip]) -> Iterator[Raw]:
             raise ValueError(f"{clip.path!r} changed meanwhile: {error.strerror}; run again.") from error
         extension = os.path.splitext(clip.path)[1][1:].lower()
         yield Raw(clip.key, video, extension, clip.meta, clip.facts)
-
-
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Hold a lock that ends with the process: what is killed blocks nobody."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("waiting for another process that prepares %s", path.removesuffix(".lock"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _is_whole(folder: str) -> bool:

@@ -3,7 +3,9 @@
 Local files only today. Another scheme is one more class with `size` and `read`, chosen in `_open`; no caller changes.
 """
 
+import fcntl
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -17,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 MAX_EXPANSION = 1_000_000  # URLs that one pattern may stand for
 _MAX_OPEN = 256  # descriptors kept open in a process; far below the usual limit of 1,024
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_log = logging.getLogger(__name__)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 
 
@@ -157,6 +160,18 @@ def expand(pattern: str) -> list[str]:
     for at, (width, numbers) in enumerate(ranges):
         words.insert(2 * at + 1, [f"{number:0{width}d}" for number in numbers])
     return ["".join(chosen) for chosen in itertools.product(*words)]
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold a lock that ends with the process: what is killed blocks nobody."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("waiting for another process that holds %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @lru_cache(maxsize=_MAX_OPEN)

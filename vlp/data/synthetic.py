@@ -7,15 +7,12 @@ shard: what is missing or damaged is rendered again, alone. The 200 test clips s
 that no training clip shows; see `vlp.data.scene`.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -90,7 +87,7 @@ class World:
         """
         try:
             os.makedirs(self.directory, exist_ok=True)
-            with _locked(os.path.join(self.directory, "lock")):
+            with storage.locked(os.path.join(self.directory, "lock")):
                 known = self._read_manifest()
                 missing = [shard for shard in self._plan() if not _is_whole(shard, known)]
                 if missing:
@@ -214,11 +211,3 @@ def _is_whole(shard: _Shard, known: dict[str, dict[str, Any]]) -> bool:
 def _num_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Hold a lock that ends with the process: what is killed blocks nobody."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

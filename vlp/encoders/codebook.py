@@ -98,8 +98,8 @@ class PatchCodebook(nn.Module):
                 "give the codebook the patch_size of the video encoder."
             )
         num_clips, side = len(frames), self.picture_size
-        images = rearrange(frames, "b t h w c -> (b t) c h w").float() / 255.0
-        images = F.avg_pool2d(images, self.patch_size // side)
+        images = rearrange(frames, "b t h w c -> (b t) c h w").float()
+        images = F.avg_pool2d(images, self.patch_size // side) / 255.0
         clips = rearrange(images, "(b t) c h w -> b t c h w", b=num_clips)
         clips, _ = fill_tubelets(clips, frame_mask, self.tubelet_size)
         cells = rearrange(clips, "b (t u) c (h p) (w q) -> b t h w (c u p q)", u=self.tubelet_size, p=side, q=side)

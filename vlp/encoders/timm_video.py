@@ -7,7 +7,7 @@ An image is a video of one frame. Fewer frames than `num_frames` use the first r
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -271,7 +271,6 @@ def _real(frame_mask: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _zero_cells(pixels: Tensor, hidden: Tensor) -> Tensor:
-    height, width = hidden.shape[2:]
-    blocks = rearrange(pixels, "b t c (h p) (w q) -> b t c h p w q", h=height, w=width)
-    blocks = blocks.masked_fill(rearrange(hidden, "b t h w -> b t 1 h 1 w 1"), 0.0)
-    return rearrange(blocks, "b t c h p w q -> b t c (h p) (w q)")
+    """Zero the pixels [B, T, C, H, W] of the cells where `hidden` [B, T, h, w] is True."""
+    p, q = pixels.shape[3] // hidden.shape[2], pixels.shape[4] // hidden.shape[3]
+    return pixels.masked_fill(repeat(hidden, "b t h w -> b t 1 (h p) (w q)", p=p, q=q), 0.0)

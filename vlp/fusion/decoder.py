@@ -6,7 +6,7 @@ Axes: B pairs, L words, N video tokens, D width, V vocabulary.
 from torch import Tensor, nn
 
 from vlp.layers.block import Block, init_linears
-from vlp.layers.grid import grid_tokens
+from vlp.layers.grid import AllTokens, PrefixTokens
 from vlp.layers.position import LearnedPositions
 from vlp.types import Grid
 
@@ -29,9 +29,12 @@ class CaptionDecoder(nn.Module):
         max_length: int,
         pad_id: int,
         dropout: float = 0.0,
+        reads: AllTokens | PrefixTokens | None = None,
     ) -> None:
+        """Build the decoder; `reads`: which video features the words see, all where not given."""
         super().__init__()
         self.dim, self.video_dim = dim, video_dim
+        self.reads = reads or AllTokens()
         self.words = nn.Embedding(vocab_size, dim, padding_idx=pad_id)
         self.positions = LearnedPositions(length=max_length, dim=dim)
         self.drop = nn.Dropout(dropout)
@@ -52,9 +55,9 @@ class CaptionDecoder(nn.Module):
             text_ids: [B, L] int64, L at most `max_length`; to generate, the words so far.
             text_mask: [B, L] bool, True = real.
         """
-        cells = grid_tokens(video)
-        context = self.video_norm(cells.x)  # [B, N, D_video]
+        seen = self.reads(video)
+        context = self.video_norm(seen.x)  # [B, N, D_video]
         x = self.drop(self.positions(self.words(text_ids)))
         for block in self.blocks:
-            x = block(x, text_mask, context, cells.mask)
+            x = block(x, text_mask, context, seen.mask)
         return self.head(self.norm(x))

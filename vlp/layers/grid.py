@@ -6,7 +6,7 @@ A prefix holds class tokens: none, one a clip (P = 1), or one a frame (P = T).
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlp.types import Grid, Tokens
 
@@ -34,3 +34,25 @@ def tokens_grid(x: Tensor, like: Grid) -> Grid:
     _, num_frames, height, width, _ = like.x.shape
     cells = rearrange(x[:, num_prefix:], "b (t h w) d -> b t h w d", t=num_frames, h=height, w=width)
     return Grid(cells, like.mask, x[:, :num_prefix])
+
+
+class AllTokens(nn.Module):
+    """Read every feature of a grid: `grid_tokens`."""
+
+    def forward(self, grid: Grid) -> Tokens:
+        """Map a grid to [B, P + T*H*W, D]."""
+        return grid_tokens(grid)
+
+
+class PrefixTokens(nn.Module):
+    """Read the class tokens of a grid only."""
+
+    def forward(self, grid: Grid) -> Tokens:
+        """Map a grid to [B, P, D].
+
+        Raises:
+            ValueError: there are none.
+        """
+        if grid.prefix.shape[1] == 0:
+            raise ValueError("PrefixTokens needs class tokens, which these video features do not have; use AllTokens.")
+        return Tokens(grid.prefix, prefix_mask(grid))

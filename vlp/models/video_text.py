@@ -1,16 +1,17 @@
 """The two-tower family: a video encoder and a text encoder, optionally a fusion and a caption decoder.
 
-    frames -> pixels -> video (Grid) -> video_embed (unit vector)     two towers: contrastive
-                          |   \\
-                          |    +-> caption_logits                     decoder: captioning
-    text_ids -> text (Tokens) -> text_embed (unit vector)
-                          |
-              video, text -> fused -> fused_text, fused_video         fusion: matching, masked words, masked patches
+    frames -> pixels -> encoded -> video (Grid) -> video_embed (unit vector)     two towers: contrastive
+                                     |   \\
+                                     |    +-> caption_logits                     decoder: captioning
+    text_ids ------------> text (Tokens) -> text_embed (unit vector)
+                                     |
+                         video, text -> fused -> fused_text, fused_video         fusion: matching, masked words
 
 Axes: B clips, T frames or grid steps, C channels, H W pixels or cells, N tokens, L text length, D width, E embedding.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class VideoText(nn.Module):
 
     Args:
         video: video encoder (pixels, frame_mask, hidden) -> Grid. text: text encoder (text_ids, text_mask) -> Tokens.
+        connectors: stages Grid -> Grid after the video encoder, by name, in order; each has `in_dim` and `dim`.
         video_pool, text_pool: Grid or Tokens -> [B, D].
         embed_dim: width of the shared space.
         temperature: see vlp.layers.temperature.
@@ -48,6 +50,7 @@ class VideoText(nn.Module):
         text_pool: nn.Module,
         embed_dim: int,
         temperature: nn.Module,
+        connectors: Mapping[str, nn.Module | None] | None = None,
         fusion: nn.Module | None = None,
         decoder: nn.Module | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
@@ -55,8 +58,11 @@ class VideoText(nn.Module):
     ) -> None:
         super().__init__()
         self.video_encoder, self.text_encoder = video, text
+        kept = {name: stage for name, stage in (connectors or {}).items() if stage is not None}
+        self.connectors = nn.Sequential(OrderedDict(kept))
+        self.video_dim: int = _width([video, *self.connectors][-1])
         self.video_pool, self.text_pool = video_pool, text_pool
-        self.video_projection = nn.Linear(_width(video), embed_dim, bias=False)
+        self.video_projection = nn.Linear(self.video_dim, embed_dim, bias=False)
         self.text_projection = nn.Linear(_width(text), embed_dim, bias=False)
         self.temperature = temperature
         self.fusion, self.decoder = fusion, decoder
@@ -69,9 +75,14 @@ class VideoText(nn.Module):
         return rearrange(torch.addcmul(self.pixel_shift, frames, self.pixel_scale), "b t h w c -> b t c h w")
 
     @quantity
-    def video(self, pixels: Tensor, frame_mask: Tensor, hidden: Tensor | None = None) -> Grid:
-        """Encode the clip; the content of `hidden` cells stays unseen."""
+    def encoded(self, pixels: Tensor, frame_mask: Tensor, hidden: Tensor | None = None) -> Grid:
+        """Return what the video encoder gives; the content of `hidden` cells stays unseen."""
         return self.video_encoder(pixels, frame_mask, hidden)
+
+    @quantity
+    def video(self, encoded: Grid) -> Grid:
+        """Return the clip as all that follows sees it: the encoder's grid after the connectors."""
+        return self.connectors(encoded)
 
     @quantity
     def text(self, text_ids: Tensor, text_mask: Tensor) -> Tokens:
@@ -116,16 +127,22 @@ class VideoText(nn.Module):
 
     def shape_errors(self, quantities: set[str]) -> list[str]:
         """Return one line for each pair of parts that do not fit together, of those that `quantities` use."""
-        widths = {"video": _width(self.video_encoder), "text": _width(self.text_encoder)}
+        widths = {"video": self.video_dim, "text": _width(self.text_encoder)}
         taken = {"fusion": self.fusion if "fused" in quantities else None}
         taken["decoder"] = self.decoder if "caption_logits" in quantities else None
         messages = [
-            f"{part}.{side}_dim: {getattr(module, f'{side}_dim')} does not fit the {side} encoder; "
-            f"set {part}.{side}_dim={width}, the width of its output."
+            f"{part}.{side}_dim: {getattr(module, f'{side}_dim')} does not fit the {side} features; "
+            f"set {part}.{side}_dim={width}, their width."
             for part, module in taken.items()
             for side, width in widths.items()
             if module is not None and getattr(module, f"{side}_dim", width) != width
         ]
+        before = _width(self.video_encoder)
+        for name, stage in self.connectors.named_children():
+            if stage.in_dim != before:
+                what = f"connector.{name}.in_dim: {stage.in_dim}"
+                messages.append(f"{what} does not fit what it is given; set it to {before}.")
+            before = _width(stage)
         if "fused_video" in quantities and not self.fusion.updates_video:
             messages.append(
                 "fusion: this fusion gives no video side, which an objective takes as 'fused_video'; "
@@ -135,5 +152,5 @@ class VideoText(nn.Module):
 
 
 def _width(part: Any) -> int:
-    """Return the width of what an encoder gives; every encoder has `dim`."""
+    """Return the width of what an encoder or a connector gives; each has `dim`."""
     return part.dim

@@ -207,7 +207,7 @@ class Evaluation(pl.Callback):
     def __init__(
         self, run: Callable[[Pretraining], Mapping[str, float]], *, every: int | None, log: MetricsLog
     ) -> None:
-        self.run, self.every, self.log = run, every, log
+        self.run, self.every, self.rows = run, every, log  # Lightning takes the name `log` for itself
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
@@ -215,7 +215,7 @@ class Evaluation(pl.Callback):
         """Evaluate when due; the time does not count as data wait."""
         if self.every is None or pl_module.cursor % self.every or pl_module.cursor >= pl_module.recipe.max_steps:
             return
-        self.log.write(trainer, pl_module.cursor, self.run(pl_module))
+        self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
         pl_module.on_train_start()
 
 

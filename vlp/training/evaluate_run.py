@@ -1,6 +1,5 @@
 """Score a trained run again: on its own tasks, on one of them, or under changed evaluation settings."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vlp import config
 from vlp.training import run_dir
 from vlp.training.assemble import assemble
-from vlp.training.exits import Exit, StopRun
+from vlp.training.exits import Exit, reported
 from vlp.training.launch import Attempt, quiet
 
 CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "paths.", "trainer.num_threads=")
@@ -21,15 +20,7 @@ CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "p
 def main(arguments: Sequence[str]) -> int:
     """Evaluate the run that the command line names; return the exit code."""
     quiet()
-    try:
-        run, task, overrides = _parse(arguments)
-        return _evaluate(run, task, overrides)
-    except config.ConfigError as error:
-        print("\n".join(f"config: {line}" for line in error.messages), file=sys.stderr)
-        return Exit.BAD_CONFIG
-    except StopRun as stop:
-        print(stop.message, file=sys.stderr)
-        return stop.code
+    return reported(lambda: _evaluate(*_parse(arguments)))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Path, str | None, list[str]]:

@@ -1,6 +1,10 @@
 """Exit codes: documented, stable, and the only thing a scheduler needs to read."""
 
+import sys
+from collections.abc import Callable
 from enum import IntEnum
+
+from vlp.config import ConfigError
 
 
 class Exit(IntEnum):
@@ -28,3 +32,15 @@ class StopRun(Exception):  # noqa: N818  (it is an ending, not always an error)
     def __init__(self, code: Exit, message: str) -> None:
         super().__init__(code, message)
         self.code, self.message = code, message
+
+
+def reported(command: Callable[[], int]) -> int:
+    """Return the exit code of a command; the user's own mistakes cost a line each and never a traceback."""
+    try:
+        return command()
+    except ConfigError as error:
+        print("\n".join(f"config: {line}" for line in error.messages), file=sys.stderr)
+        return Exit.BAD_CONFIG
+    except StopRun as stop:
+        print(stop.message, file=sys.stderr)
+        return stop.code

@@ -34,7 +34,7 @@ from vlp.training.callbacks import (
 )
 from vlp.training.ema import Ema
 from vlp.training.evaluation import Evaluator
-from vlp.training.exits import Exit, StopRun
+from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
 
@@ -42,14 +42,7 @@ from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
 def main(overrides: Sequence[str]) -> int:
     """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
     quiet()
-    try:
-        return train(config.load(overrides))
-    except config.ConfigError as error:
-        print("\n".join(f"config: {line}" for line in error.messages), file=sys.stderr)
-        return Exit.BAD_CONFIG
-    except StopRun as stop:
-        print(stop.message, file=sys.stderr)
-        return stop.code
+    return reported(lambda: train(config.load(overrides)))
 
 
 def quiet() -> None:
@@ -77,6 +70,21 @@ def train(cfg: DictConfig) -> int:
     first = environment.is_first_process()
     with run_dir.locked(directory) if first else nullcontext():
         return Attempt(cfg, system, directory, first=first).run()
+
+
+def recipe_of(cfg: DictConfig) -> Recipe:
+    """Return how the weights move, by the config."""
+    return Recipe(
+        optimizer={key: cfg.optim[key] for key in ("lr", "betas", "eps", "weight_decay")},
+        layer_decay=cfg.optim.layer_decay,
+        lr_factors=plain(cfg.optim.lr_factors),
+        schedule=config.build(cfg.schedule, "schedule"),
+        max_steps=cfg.trainer.max_steps,
+        clip_grad_norm=cfg.trainer.clip_grad_norm,
+        nan_policy=cfg.trainer.nan_policy,
+        max_skipped_steps=cfg.trainer.max_skipped_steps,
+        seed=cfg.run.seed,
+    )
 
 
 class Attempt:
@@ -154,17 +162,7 @@ class Attempt:
 
     def _module(self) -> Pretraining:
         cfg, system = self.cfg, self.system
-        recipe = Recipe(
-            optimizer={key: cfg.optim[key] for key in ("lr", "betas", "eps", "weight_decay")},
-            layer_decay=cfg.optim.layer_decay,
-            lr_factors=plain(cfg.optim.lr_factors),
-            schedule=config.build(cfg.schedule, "schedule"),
-            max_steps=cfg.trainer.max_steps,
-            clip_grad_norm=cfg.trainer.clip_grad_norm,
-            nan_policy=cfg.trainer.nan_policy,
-            max_skipped_steps=cfg.trainer.max_skipped_steps,
-            seed=cfg.run.seed,
-        )
+        recipe = recipe_of(cfg)
         module = Pretraining(
             model=system.model,
             objectives=system.objectives,

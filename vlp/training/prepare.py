@@ -1,8 +1,6 @@
 """What must be there before the first step: shards, a tokenizer, fitted codebooks. None of it inside a collective."""
 
-import fcntl
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlp import config
+from vlp.data import storage
 from vlp.data.datamodule import VideoTextData
 from vlp.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vlp.training.assemble import build_part
@@ -57,7 +56,7 @@ def tokenizer(cfg: DictConfig, directory: Path, captions: Iterable[str]) -> Toke
     name = section.name
     if name is None:
         path = directory / "tokenizer.json"
-        with _only_one(directory):
+        with storage.locked(str(directory / "prepare.lock")):
             if not path.exists():
                 train_tokenizer(captions, vocab_size=section.vocab_size, path=path)
         name = str(path)
@@ -87,7 +86,7 @@ def fit_parts(module: nn.Module, data: VideoTextData, directory: Path, *, seed: 
     for name, part in waiting.items():
         assert isinstance(part, nn.Module)
         path = directory / f"fitted-{name}.safetensors"
-        with _only_one(directory):
+        with storage.locked(str(directory / "prepare.lock")):
             if not path.exists():
                 part.fit(_frames(data, num_clips), seed=seed)
                 save_file(dict(part.state_dict()), path)
@@ -105,11 +104,3 @@ def _frames(data: VideoTextData, num_clips: int) -> Iterator[Tensor]:
         seen += data.batch_size
         if seen >= num_clips:
             return
-
-
-@contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Let one process of the machine work while the others wait; freed by the system when a process dies."""
-    with (directory / "prepare.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
