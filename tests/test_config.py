@@ -18,7 +18,7 @@ TRAIN = f"""
 defaults: [_self_, schedule: constant, objective: [contrastive], data: world]
 fusion: null
 decoder: null
-connector: {}
+connector: {{}}
 view: {{}}
 objective: {{}}
 logger: {{}}
