@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tiny_runs import overrides, train, weights
 
+from vlp.layers.block import Block
 from vlp.training import run_dir
 from vlp.training.exits import Exit
 
@@ -145,9 +147,32 @@ def test_two_processes_give_the_steps_of_one(place):
         torch.testing.assert_close(actual[name], expected[name], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "switch", ["trainer.precision=bf16-mixed", "trainer.checkpoint_activations=true", "optim.ema_decay=0.9"]
-)
+@pytest.mark.parametrize("switch", ["trainer.precision=bf16-mixed", "optim.ema_decay=0.9"])
 def test_switches_of_the_step_work(place, switch):
     name = switch.partition("=")[0].replace(".", "_")
     assert train(place, name, ONE, switch, "trainer.max_steps=1") == Exit.DONE
+
+
+def test_recomputed_activations_change_no_weight_and_every_block_runs_twice(place, monkeypatch):
+    more, calls = (ONE, "trainer.max_steps=1"), []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *args: calls.append(self.training) or forward(self, *args))
+    assert train(place, "kept", *more) == Exit.DONE
+    assert sum(calls) == 2
+    assert train(place, "recomputed", *more, "trainer.checkpoint_activations=true") == Exit.DONE
+    assert sum(calls) == 2 + 4
+    expected, actual = weights(place, "kept", 1), weights(place, "recomputed", 1)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler (g++)")
+def test_compiled_blocks_give_the_steps_of_eager_ones(place, monkeypatch):
+    more, compiled = (ONE, *PLAIN, "trainer.max_steps=1"), []
+    compile_block = Block.compile
+    monkeypatch.setattr(Block, "compile", lambda self: compiled.append(self) or compile_block(self))
+    assert train(place, "eager", *more) == train(place, "compiled", *more, "trainer.compile=true") == Exit.DONE
+    assert len(compiled) == 2
+    expected, actual = weights(place, "eager", 1), weights(place, "compiled", 1)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4)
