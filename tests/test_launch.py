@@ -12,7 +12,7 @@ import torch
 from tiny_runs import overrides, train, weights
 
 from vlp.layers.block import Block
-from vlp.training import run_dir
+from vlp.training import launch, run_dir
 from vlp.training.exits import Exit
 
 ONE = "objective=[contrastive]"
@@ -98,6 +98,19 @@ def test_mistakes_are_listed_together_without_traceback(place):
     assert all(word in done.stderr for word in ("max_steps", "clip.size", "matching", "optim.weight_decay"))
     assert "Traceback" not in done.stderr
     assert not (place / "runs" / "wrong").exists()
+
+
+def test_parts_that_only_the_first_batch_shows_to_disagree_cost_a_line(place, capsys):
+    more = ("connector=null", "eval.tasks.retrieval=null", "eval.tasks.temporal_probe=null")
+    assert train(place, "no_prefix", *more) == Exit.BAD_CONFIG
+    error = capsys.readouterr().err
+    assert "needs a class token" in error and "Traceback" not in error
+
+
+def test_a_value_error_that_no_part_of_ours_raised_is_a_bug(place, capsys, monkeypatch):
+    monkeypatch.setattr(launch.Pretraining, "sum_counts", lambda *_: int("no number"))
+    assert train(place, "bug", ONE) == Exit.BUG
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_too_few_samples_for_a_batch_is_a_config_error(place, capsys):

@@ -109,7 +109,7 @@ class Attempt:
         self._introduce()
         if self.module.cursor >= self.cfg.trainer.max_steps:
             return self._already_done()
-        code, status = Exit.BUG, "failed"
+        code, status, start = Exit.BUG, "failed", self.module.cursor
         try:
             stopped = self._fit()
             code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
@@ -118,6 +118,11 @@ class Attempt:
             write_note(self.directory, str(error))
         except DataBudgetError as error:
             code = self._explain(Exit.DATA_BUDGET, error)
+        except ValueError as error:
+            if self.module.cursor == start and _refused_by_a_part(error):
+                code = self._explain(Exit.BAD_CONFIG, error)
+            else:
+                traceback.print_exc()
         except Exception:  # a bug: the traceback is for us, the record is for the report
             traceback.print_exc()
         self._finish(code, status)
@@ -320,3 +325,9 @@ class Attempt:
         )
         report = write_report(self.directory)
         print(summary.ending(self.directory, status, self.module.cursor, report))
+
+
+def _refused_by_a_part(error: ValueError) -> bool:
+    """Tell whether a part of ours raised it: only the first batch shows that a pool finds no class token."""
+    *_, innermost = traceback.extract_tb(error.__traceback__)
+    return Path(innermost.filename).is_relative_to(Path(__file__).parents[1])
