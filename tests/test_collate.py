@@ -28,6 +28,12 @@ def test_short_clip_is_padded_and_masked_in_reused_memory(tmp_path):
     assert batch.times_s.tolist() == [[0.5, 1.5, 0.0], [0.5, 1.5, 2.5]]
 
 
+def test_a_batch_of_short_clips_is_as_long_as_its_longest(tmp_path):
+    batch = collate([sample(1, "a"), sample(2, "ball")], tokenizer(tmp_path), shape=SHAPE)
+    assert batch.frames.shape == (2, 2, *SHAPE[1:]) and batch.frame_mask.tolist() == [[True, False], [True, True]]
+    assert batch.times_s.tolist() == [[0.5, 0.0], [0.5, 1.5]]
+
+
 def test_fields_have_the_types_of_the_contract(tmp_path):
     batch = collate([sample(3, "a red ball")], tokenizer(tmp_path), shape=SHAPE)
     integers = (batch.text_ids, batch.word_ids, batch.status, batch.sample_id, batch.key)

@@ -37,7 +37,7 @@ optim: {{lr: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, weight_decay: 0.1, layer_deca
 eval: {{every: null, batch_size: 4, tasks: {{}}}}
 paths: {{runs: runs, data: data}}
 """
-DATA = "{batch_size: 4, num_lanes: 2, window_shards: 1, num_workers: 0, captions: null, holdout: 0.0"
+DATA = "{batch_size: 4, num_lanes: 2, window_shards: 1, bucket_steps: 1, num_workers: 0, captions: null, holdout: 0.0"
 FILES = {
     "train": TRAIN,
     "schedule/constant": "_target_: vlp.training.optim.Constant\nwarmup_steps: 2\n",

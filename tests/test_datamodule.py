@@ -53,6 +53,7 @@ def make(sources, words):
             "accumulate": 1,
             "num_lanes": 4,
             "window_shards": 2,
+            "bucket_steps": 1,
             "num_workers": 0,
             "seed": 3,
             "sampling_train": Segments(num_frames=2),

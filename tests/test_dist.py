@@ -22,7 +22,15 @@ def work(rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
     tokens = (torch.ones(3, NUM_TOKENS[rank], 4) * (rank + 1)).requires_grad_()
     padded, mask = dist.gather_tokens(tokens, torch.ones(3, NUM_TOKENS[rank], dtype=torch.bool))
     padded.sum().backward()
+    num_frames, num_prefix = ((2, 1), (5, 5))[rank]
+    cells = (torch.ones(3, num_frames, 2, 2, 4) * (rank + 1)).requires_grad_()
+    grid = dist.gather_grid(cells, torch.ones(3, num_frames, dtype=torch.bool), torch.ones(3, num_prefix, 4))
+    (grid[0] * (rank + 1)).sum().backward()
     return {
+        "cells": grid[0],
+        "frame_mask": grid[1],
+        "prefix": grid[2],
+        "cells_grad": cells.grad,
         "gathered": gathered,
         "grad": x.grad,
         "turned": dist.gather(turned),
@@ -77,6 +85,16 @@ def test_gather_tokens_returns_gradients_in_the_own_length(results):
         torch.testing.assert_close(result["tokens_grad"], torch.full((3, NUM_TOKENS[rank], 4), 2.0))
 
 
+def test_gather_grid_pads_frames_and_prefix_to_the_longest_and_returns_gradients(results):
+    for rank, result in enumerate(results):
+        cells, mask, prefix = result["cells"], result["frame_mask"], result["prefix"]
+        assert cells.shape == (6, 5, 2, 2, 4) and prefix.shape == (6, 5, 4)
+        assert (
+            mask.sum(1).tolist() == [2] * 3 + [5] * 3 and cells[:, :, 0, 0, 0].sum(1).tolist() == [2.0] * 3 + [10.0] * 3
+        )
+        torch.testing.assert_close(result["cells_grad"], torch.full((3, (2, 5)[rank], 2, 2, 4), 3.0))
+
+
 def test_reductions_agree_on_all_ranks(results):
     for rank, result in enumerate(results):
         assert result["sum"].tolist() == [3, 10] and result["max"].tolist() == [1, 3]
@@ -86,6 +104,7 @@ def test_reductions_agree_on_all_ranks(results):
 def test_one_process_gets_its_input_back():
     x, mask = torch.randn(2, 3, 5, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
     assert dist.gather(x) is x and dist.gather_tokens(x, mask) == (x, mask)
+    assert dist.gather_grid(x, mask, x) == (x, mask, x)
     assert (dist.rank(), dist.world_size()) == (0, 1)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from clips import clip, numbers
 
+from vlp.data import fields
 from vlp.data.fields import ClipReader, Clips, Shards
 from vlp.data.index import build_index, index_url, open_index
 from vlp.data.plan import PADDING
@@ -203,3 +204,20 @@ def test_shard_that_is_missing_or_damaged_is_named(shards, tmp_path):
     (tmp_path / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"cut\.tar"):
         Shards(train=[str(tmp_path / "cut.tar")]).prepare()
+
+
+def test_sizes_are_the_frames_and_then_the_longest_caption(tmp_path):
+    texts = ["four", "twenty characters...", "ten chars."]
+    videos = [clip(30), clip(6), clip(30)]
+    samples = [Raw(f"c{i}", v, "mp4", {"captions": [t]}) for i, (v, t) in enumerate(zip(videos, texts, strict=True))]
+    shards = write_shards(samples, str(tmp_path), prefix="s", max_samples_per_shard=2)
+    sizes = reader(shards, clips=Clips(Fps(num_frames=8, fps=8.0), [CenterCrop(size=24)], 32)).sizes(np.arange(3))
+    assert sizes.tolist() == [8 << 32 | 4, 1 << 32 | 20, 8 << 32 | 10]
+
+
+def test_sizes_of_a_shard_that_has_gone_are_zero(shards, tmp_path):
+    moved = copied(shards, tmp_path)
+    samples = reader(moved)
+    Path(moved[1]).unlink()
+    fields._index.cache_clear()
+    assert (samples.sizes(np.arange(5)) > 0).tolist() == [True, True, False, False, True]

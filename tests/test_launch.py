@@ -37,12 +37,15 @@ def test_run_leaves_report_checkpoint_scores_and_metrics(place):
     assert list((run / "eval").glob("*.json"))
 
 
-def test_stopped_run_continues_bit_for_bit(place):
-    assert train(place, "straight", "trainer.max_steps=4") == Exit.DONE
-    assert train(place, "broken", "trainer.max_steps=4", "run.stop_after=1") == Exit.PREEMPTED
-    assert train(place, "broken", "trainer.max_steps=4", "run.stop_after=2") == Exit.PREEMPTED
-    assert train(place, "broken", "trainer.max_steps=4") == Exit.DONE
-    expected, actual = weights(place, "straight", 4), weights(place, "broken", 4)
+@pytest.mark.parametrize("bucket_steps", [1, 3])
+def test_stopped_run_continues_bit_for_bit(place, bucket_steps):
+    more = ("trainer.max_steps=4", f"data.bucket_steps={bucket_steps}")
+    straight, broken = f"straight{bucket_steps}", f"broken{bucket_steps}"
+    assert train(place, straight, *more) == Exit.DONE
+    assert train(place, broken, *more, "run.stop_after=1") == Exit.PREEMPTED
+    assert train(place, broken, *more, "run.stop_after=2") == Exit.PREEMPTED
+    assert train(place, broken, *more) == Exit.DONE
+    expected, actual = weights(place, straight, 4), weights(place, broken, 4)
     assert all(torch.equal(expected[name], actual[name]) for name in expected.keys() | actual.keys())
 
 

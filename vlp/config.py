@@ -109,6 +109,7 @@ class Data:
     batch_size: int  # clips of an optimizer step, over all ranks and micro-batches
     num_lanes: int
     window_shards: int
+    bucket_steps: int  # steps whose samples are dealt again by size, so that little is padded; 1 = as they come
     num_workers: int
     videos: str | None
     captions: str | None
@@ -527,7 +528,7 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
         "run.stop_after",
         *(f"trainer.{key}" for key in ("max_steps", "accumulate", "log_every", "checkpoint_every")),
         *(f"trainer.{key}" for key in ("num_nodes", "num_threads", "keep_checkpoints")),
-        *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards")),
+        *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards", "bucket_steps")),
         *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length"),
         *("eval.every", "eval.batch_size"),
     ),

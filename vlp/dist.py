@@ -53,8 +53,15 @@ def gather_tokens(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if world_size() == 1:
         return x, mask
     longest = int(max_over_ranks(torch.tensor(x.shape[1], device=x.device)))
-    missing = longest - x.shape[1]
-    return gather(F.pad(x, (0, 0, 0, missing))), gather(F.pad(mask, (0, missing)))
+    return gather(_padded(x, longest)), gather(_padded(mask, longest))
+
+
+def gather_grid(x: Tensor, mask: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather cells x [B, T, ...], mask [B, T] and prefix [B, P, D] of all ranks, padded to the longest T and P."""
+    if world_size() == 1:
+        return x, mask, prefix
+    num_frames, num_prefix = max_over_ranks(torch.tensor([x.shape[1], prefix.shape[1]], device=x.device)).tolist()
+    return gather(_padded(x, num_frames)), gather(_padded(mask, num_frames)), gather(_padded(prefix, num_prefix))
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -73,6 +80,11 @@ def max_over_ranks(x: Tensor) -> Tensor:
     largest = x.detach().clone()
     torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return largest
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """Pad axis 1 of x [B, N, ...] with zeros to `length`."""
+    return F.pad(x, (*[0, 0] * (x.ndim - 2), 0, length - x.shape[1]))
 
 
 def _all_gather(x: Tensor) -> Tensor:

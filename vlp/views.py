@@ -224,7 +224,7 @@ class WrongVideo:
         """Return the other clip's video grid [B, T, H, W, D] and whether there was another clip [B] bool."""
         similarity = _similarity(text_embed, video_embed, logit_scale) if self.hard else None
         index, found = _draw_other(similarity, valid, key)
-        return Grid(*(dist.gather(field)[index] for field in video)), found
+        return Grid(*(field[index] for field in dist.gather_grid(*video))), found
 
 
 def _backwards(mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from vlp.types import Batch, Reason
 def collate(
     samples: Sequence[Sample], tokenizer: Tokenizer, *, shape: tuple[int, int, int, int], buffer: Tensor | None = None
 ) -> Batch:
-    """Stack samples into a batch of clips of `shape` [T, H, W, 3]; a shorter clip is padded at its end.
+    """Stack samples into a batch of clips of `shape` [T, H, W, 3], cut to the longest of them; others are padded.
 
     Text is padded to the longest caption, rounded up to a multiple of 8: few lengths, few compilations. A tombstone
     keeps whole masks, because attention over nothing is not a number; `valid` says that it does not count.
@@ -26,9 +26,10 @@ def collate(
         samples: of one rank. tokenizer: of the captions.
         buffer: uint8 memory for the frames, which are then written once, where another process can read them.
     """
-    num_bytes = len(samples) * math.prod(shape)
+    longest = max((len(sample.frames) for sample in samples), default=shape[0])
+    num_bytes = len(samples) * longest * math.prod(shape[1:])
     buffer = torch.empty(num_bytes, dtype=torch.uint8) if buffer is None else buffer
-    frames = buffer[:num_bytes].view(len(samples), *shape)  # [B, T, H, W, 3]
+    frames = buffer[:num_bytes].view(len(samples), longest, *shape[1:])  # [B, T, H, W, 3]
     frame_mask = torch.zeros(frames.shape[:2], dtype=torch.bool)  # [B, T]
     times_s = torch.zeros(frames.shape[:2])  # [B, T]
     for row, sample in enumerate(samples):

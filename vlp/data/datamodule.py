@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vlp.data.bucket import Bucketed
 from vlp.data.columns import IndexFileError
 from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
 from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader
@@ -29,7 +30,8 @@ class VideoTextData:
     Args:
         sources: name -> source; their order numbers them. weights: name -> share of the steps; 0 = not trained on.
         batch_size: clips of an optimizer step, over all ranks and micro-batches. accumulate: micro-batches of a step.
-        num_lanes, window_shards: see `vlp.data.plan`. num_workers: reading processes of each rank. seed: of the run.
+        num_lanes, window_shards: see `vlp.data.plan`. bucket_steps: see `vlp.data.bucket`; 1 = as planned.
+        num_workers: reading processes of each rank. seed: of the run.
         sampling_train, sampling_test, transforms_train, transforms_test, short_side: see `vlp.data.fields.Clips`.
         make_tokenizer: gets the training captions, which it may ignore.
 
@@ -46,6 +48,7 @@ class VideoTextData:
         accumulate: int,
         num_lanes: int,
         window_shards: int,
+        bucket_steps: int,
         num_workers: int,
         seed: int,
         sampling_train: Sampling,
@@ -58,7 +61,7 @@ class VideoTextData:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
         self.sources, self.weights = dict(sources), {name: float(weights[name]) for name in sources}
         self.batch_size, self.accumulate = batch_size, accumulate
-        self.num_lanes, self.window_shards, self.seed = num_lanes, window_shards, seed
+        self.num_lanes, self.window_shards, self.bucket_steps, self.seed = num_lanes, window_shards, bucket_steps, seed
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
         self._workers = Workers(num_workers=num_workers, pin_memory=torch.cuda.is_available())
         clips = {
@@ -158,7 +161,9 @@ class VideoTextData:
             global_batch=self.batch_size,
             name=name,
         )
-        return Part(reader, plan)
+        if self.bucket_steps == 1:
+            return Part(reader, plan)
+        return Part(reader, Bucketed(plan, sizes=reader.sizes, block_steps=self.bucket_steps, seed=plan.seed))
 
     def _captions(self) -> Iterator[str]:
         for part in self._parts.values():

@@ -10,6 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -217,6 +218,18 @@ class ClipReader:
             if not limit:
                 return
 
+    def sizes(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Return how much of a batch each sample [N] fills: its frames first, then its longest caption, [N] int64."""
+        shards = np.searchsorted(self._ends, sample_ids, side="right")
+        sizes = np.zeros(len(sample_ids), dtype=np.int64)
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            rows = sample_ids[here] - self._ends[shard] + self._by_reason[shard].sum()
+            with suppress(IndexFileError, storage.StorageError):  # gone since: `read` says so, sample by sample
+                index = _index(self.shards[shard])
+                sizes[here] = self._num_frames(index, rows) << 32 | index.columns["num_caption_chars"][rows]
+        return sizes
+
     def captions(self, max_samples: int) -> Iterator[str]:
         """Yield all captions of at most so many samples, spread evenly; unreadable ones are left out."""
         for sample_id in np.unique(np.linspace(0, len(self) - 1, min(max_samples, len(self))).round().astype(int)):
@@ -246,6 +259,13 @@ class ClipReader:
                 f"{where[0]}: the transforms gave {frames.shape[1:3]} and not {self.shape[1:3]}; fix the size."
             )
         return Sample(frames, decoded.times_s, caption, sample_id, key, Reason.OK, "", decode_s)
+
+    def _num_frames(self, index: ShardIndex, rows: np.ndarray) -> np.ndarray:
+        """Return how many frames the sampling takes of rows [N], [N] int64; asked once for equal videos."""
+        videos = np.stack([index.columns["duration_s"][rows], index.columns["fps"][rows]], axis=1)
+        different, inverse = np.unique(videos, axis=0, return_inverse=True)
+        counts = [len(self.clips.sampling(float(duration_s), float(fps), None)) for duration_s, fps in different]
+        return np.array(counts, dtype=np.int64)[inverse.reshape(-1)]
 
     def _choose(self, captions: Sequence[str], key: int) -> str:
         return captions[int(generator(key, "caption").integers(len(captions)))] if self.train else captions[0]

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from vlp.data.bucket import Order
 from vlp.data.collate import collate
 from vlp.data.fields import ClipReader
 from vlp.data.mix import Schedule
-from vlp.data.plan import Plan
 from vlp.data.text import Tokenizer
 from vlp.data.workers import Workers, ordered
 from vlp.types import Batch, Reason
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     """One source of the mix."""
 
     reader: ClipReader
-    plan: Plan
+    plan: Order
 
 
 class MicroBatches:

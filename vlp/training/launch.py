@@ -153,6 +153,7 @@ class Attempt:
                 accumulate=cfg.trainer.accumulate,
                 num_lanes=cfg.data.num_lanes,
                 window_shards=cfg.data.window_shards,
+                bucket_steps=cfg.data.bucket_steps,
                 num_workers=cfg.data.num_workers,
                 seed=cfg.run.seed,
                 sampling_train=config.build(cfg.clip.sampling_train, "clip.sampling_train"),
