@@ -1,4 +1,4 @@
-"""Bytes of http(s) and s3 objects: ranges, repeated until they are whole or their time is over. The only user of fsspec.
+"""Ranges of http(s) and s3 objects, asked for until they are whole or their time is over. The only user of fsspec.
 
     read(url, offset, size) --> attempt: GET with a range --> status, range and length checked --> bytes
                                    |  429, 5xx, reset, timeout, short body: wait with jitter, try again
@@ -146,7 +146,9 @@ def _retrying(url: str, attempt: Callable[[Any, _Opener], Awaitable[_T]], *, ext
     deadline = start_s + RETRY.budget_s + extra_s
     for number in itertools.count(1):
         try:
-            return sync(file_system.loop, attempt, file_system, opener, timeout=max(0.1, deadline - time.monotonic()))
+            left_s = max(0.1, deadline - time.monotonic())
+            result: Any = sync(file_system.loop, attempt, file_system, opener, timeout=left_s)
+            return result
         except _RefusedError as error:
             raise RemoteError(str(error)) from None
         except Exception as error:
