@@ -83,7 +83,8 @@ def reset(handler: Handler, data: bytes, low: int, high: int) -> None:
 
 def cut(handler: Handler, data: bytes, low: int, high: int) -> None:
     """Promise the range, send half of it."""
-    handler.ranged(data[: (low + high) // 2], low, high, **{"Content-Length": str(high - low)})
+    headers = {"Content-Range": f"bytes {low}-{high - 1}/{len(data)}", "Content-Length": str(high - low)}
+    handler.answer(206, data[low : (low + high) // 2], headers)
     handler.close_connection = True
 
 

@@ -144,6 +144,7 @@ def _retrying(url: str, attempt: Callable[[Any, _Opener], Awaitable[_T]], *, ext
     file_system, opener = _file_system(scheme), _s3 if scheme == "s3" else _http
     start_s = time.monotonic()
     deadline = start_s + RETRY.budget_s + extra_s
+    what = "timed out"
     for number in itertools.count(1):
         try:
             left_s = max(0.1, deadline - time.monotonic())
@@ -153,7 +154,10 @@ def _retrying(url: str, attempt: Callable[[Any, _Opener], Awaitable[_T]], *, ext
             raise RemoteError(str(error)) from None
         except Exception as error:
             failure = error
-        what = _described(failure)  # outside the handler: no traceback shows the library's errors, which hold the URL
+        if number == 1 or left_s > RETRY.idle_s or not isinstance(failure, TimeoutError):  # else our own deadline
+            what = _described(
+                failure
+            )  # outside the handler: no traceback shows the library's errors, which hold the URL
         wait_s = _chance.uniform(0.5, 1) * min(RETRY.max_wait_s, RETRY.first_wait_s * 2 ** min(number - 1, 30))
         if time.monotonic() + wait_s >= deadline:
             raise RemoteError(f"{what}; tried {number} times in {time.monotonic() - start_s:.1f} s")
