@@ -2,8 +2,8 @@
 
     step --schedule--> source, its cursor --plan--> sample ids of this rank --reader--> samples --collate--> Batch
 
-All of it is a function of the step, so a loader begins anywhere, and which worker does what changes nothing. The plan also
-tells which shards come next; remote ones are fetched ahead, if there is a cache.
+All of it is a function of the step, so a loader begins anywhere, and which worker does what changes nothing. The plan
+also tells which shards come next: remote ones are fetched ahead, if there is a cache.
 """
 
 import math
