@@ -11,6 +11,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from object_server import ObjectServer
 
+from vlp import config
 from vlp.data import remote, storage
 from vlp.data.fields import ClipReader, Clips, Shards
 from vlp.data.index import build_index, index_path, index_url, main, open_index, read_part
@@ -398,3 +399,12 @@ def test_a_broken_video_of_a_headers_index_is_found_at_first_read(server, tmp_pa
 def test_local_shards_keep_their_index_beside_them(world, tmp_path):
     shard = world.shards("test")[0]
     assert index_path(shard, index_dir=str(tmp_path)) == index_url(shard)
+
+
+def test_the_config_of_shards_composes_with_remote_urls():
+    words = ["+experiment=quickstart", "data=shards"]
+    cfg = config.load([*words, 'data.sources.shards.train=["s3://bucket/{0..1}.tar"]', "data.cache_dir=x"])
+    source = config.build(cfg.data.sources.shards)
+    assert source.shards("train") == ["s3://bucket/0.tar", "s3://bucket/1.tar"]
+    with pytest.raises(config.ConfigError, match=r"data\.sources\.shards\.train: a value is required"):
+        config.load(words)
