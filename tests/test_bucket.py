@@ -87,6 +87,14 @@ def test_epochs_deal_differently():
     assert (epoch_of(build(), 0) != epoch_of(build(), 1)).mean() > 0.7
 
 
+def test_upcoming_shards_hold_all_that_a_step_reads():
+    order = build([9, 8, 10, 9, 11, 8], lanes=2, batch=4, block=4)
+    for step in range(order.num_steps):
+        ids = order.rank_slots(0, step, 1, 2)
+        read = np.searchsorted(order.plan.offsets, ids[ids != PADDING], side="right") - 1
+        assert set(read) <= set(order.upcoming(0, step, 1, 2))
+
+
 def test_a_block_of_no_step_is_refused():
     with pytest.raises(ValueError, match="block_steps=0"):
         build(block=0)

@@ -1,19 +1,24 @@
 import os
 import pickle
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clips import clip
+from object_server import ObjectServer
 from pytorch_lightning.utilities import move_data_to_device
 
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import Shards
+from vlp.data.remote import RETRY
 from vlp.data.sampling import Segments
+from vlp.data.shard_cache import ShardCache
 from vlp.data.shards import Raw, write_shards
 from vlp.data.text import load_tokenizer, train_tokenizer
 from vlp.data.transforms import CenterCrop, RandomResizedCrop
+from vlp.data.workers import Workers
 from vlp.types import Reason
 
 VIDEOS = [clip(12, size=(64, 48)), clip(18, size=(48, 64))]
@@ -272,3 +277,25 @@ def test_index_that_is_missing_is_named(make, sources, tmp_path):
     (tmp_path / "no.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"source 'x': .*no\.index.*python -m vlp\.data\.index"):
         make(sources={"x": Shards(train=[str(tmp_path / "no.tar")])}, weights={"x": 1.0})
+
+
+def test_remote_shards_give_the_batches_of_local_ones(make, sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ObjectServer() as server:
+        near = sources["second"].shards("train")
+        server.objects = {f"/{Path(shard).name}": Path(shard).read_bytes() for shard in near}
+        far = Shards(train=[f"{server.url}/{Path(shard).name}" for shard in near], index_dir=str(tmp_path))
+        far.prepare()
+        cache = ShardCache(str(tmp_path / "cache"), max_bytes=1 << 30)
+        options = {"index_dir": str(tmp_path), "cache": cache, "num_workers": 1}
+        data = make(sources={"second": far}, weights={"second": 1.0}, **options)
+        local = make(sources={"second": sources["second"]}, weights={"second": 1.0})
+        assert data.fingerprints() == local.fingerprints()
+        # A worker that waits for storage does not hang; only a decoder does.
+        assert data._workers.stall_s >= 3 * RETRY.budget_s and local._workers.stall_s == Workers().stall_s
+        place = {"start_step": 0, "num_steps": 3, "rank": 0, "world_size": 1}
+        for one, two in zip(data.train_loader(**place), local.train_loader(**place), strict=True):
+            for mine, theirs in zip(one.batches[0], two.batches[0], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert os.listdir(tmp_path / "cache") != ["lock"]
+        server.shutdown()

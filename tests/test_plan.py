@@ -166,3 +166,18 @@ def test_source_smaller_than_one_batch_is_refused_with_the_fix():
 def test_window_of_no_shard_is_refused():
     with pytest.raises(ValueError, match="window_shards=0 must be at least 1"):
         Plan(np.array([5]), seed=0, num_lanes=1, window_shards=0, global_batch=1)
+
+
+@pytest.mark.parametrize(("lanes", "group", "world"), [(4, 3, 2), (1, 1, 1), (2, 50, 1), (3, 2, 3)])
+def test_upcoming_shards_are_those_of_the_next_steps(lanes, group, world):
+    plan = Plan(np.arange(5, 30), seed=4, num_lanes=lanes, window_shards=group, global_batch=lanes)
+    shard_of = np.repeat(np.arange(25), np.arange(5, 30))
+    order = [(epoch, step) for epoch in (0, 1) for step in range(plan.num_steps)]
+    for at, (epoch, step) in enumerate(order[: plan.num_steps]):
+        for rank in range(world):
+            ids = [plan.rank_slots(*when, rank, world) for when in order[at : at + 5]]
+            soon = {int(shard_of[i]) for i in np.concatenate(ids) if i != PADDING}
+            wanted = plan.upcoming(epoch, step, rank, world)
+            assert soon <= set(wanted) and len(set(wanted)) == len(wanted) <= 2 * group * (lanes // world)
+            now = {int(shard_of[i]) for i in ids[0] if i != PADDING}
+            assert now <= set(wanted[: group * (lanes // world)])

@@ -57,8 +57,6 @@ def test_a_file_cut_after_it_was_opened_is_an_error(url):
         "",
         "scp://host/a.tar",
         "ftp://host/a.tar",
-        "http://host/a.tar",
-        "s3://b/a.tar",
         "FILE2://x",
         "gopen:x",
         "data:,x",
@@ -71,9 +69,17 @@ def test_a_file_cut_after_it_was_opened_is_an_error(url):
     ],
 )
 def test_schemes_outside_the_allowed_ones_are_refused(url):
-    for call in (lambda: read(url, 0, 1), lambda: size(url), lambda: local_path(url)):
+    for call in (lambda: read(url, 0, 1), lambda: size(url), lambda: local_path(url), lambda: storage.check(url)):
         with pytest.raises(ValueError, match=r"\.$"):
             call()
+
+
+@pytest.mark.parametrize("url", ["http://host/a.tar", "https://host/a.tar", "s3://bucket/a.tar"])
+def test_remote_shards_are_no_local_paths(url):
+    storage.check(url)
+    assert storage.file_name(url + "?signature=1") == "a.tar"
+    with pytest.raises(ValueError, match="not allowed here"):
+        local_path(url)
 
 
 def test_a_replaced_file_is_read_anew_after_forget(url, tmp_path):

@@ -114,6 +114,9 @@ class Data:
     videos: str | None
     captions: str | None
     holdout: float
+    index_dir: str  # where the indexes of remote shards lie
+    cache_dir: str | None  # on a local disk, where remote shards are kept; null reads them by range
+    cache_gib: float  # the most that it holds
     sources: Annotated[dict[str, Any], Parts({"weight"})]
 
 

@@ -29,6 +29,10 @@ class Order(Protocol):
         """Return the sample ids of a rank in one step, [R] int64."""
         ...
 
+    def upcoming(self, epoch: int, step: int, rank: int, world_size: int) -> list[int]:
+        """Return the shards that a rank reads from in a step, then those that it will need after them."""
+        ...
+
 
 class _Block(NamedTuple):
     name: tuple[int, int, int, int]  # epoch, number of the block, rank, world size
@@ -57,6 +61,12 @@ class Bucketed:
         if self._block is None or self._block.name != name:
             self._block = _Block(name, self._dealt(*name))
         return self._block.slots[row]
+
+    def upcoming(self, epoch: int, step: int, rank: int, world_size: int) -> list[int]:
+        """Return the shards of the block of a step, then those that the plan needs after it."""
+        first = step // self.block_steps * self.block_steps
+        steps = range(first, min(first + self.block_steps, self.num_steps))
+        return list(dict.fromkeys(n for at in steps for n in self.plan.upcoming(epoch, at, rank, world_size)))
 
     def _dealt(self, epoch: int, number: int, rank: int, world_size: int) -> np.ndarray:
         """Return the slots [K, R] of a block, each lane sorted by size, the slices in a random order."""

@@ -26,10 +26,10 @@ SCHEMA: dict[str, tuple[str, tuple[int, ...]]] = {
     "fps": ("<f8", ()),
     "duration_s": ("<f8", ()),
     "start_s": ("<f8", ()),
-    "width": ("<i4", ()),  # 0: the video could not be probed
+    "width": ("<i4", ()),  # 0: the video could not be probed, or has not been yet
     "height": ("<i4", ()),
     "rotation": ("<i2", ()),
-    "num_caption_chars": ("<i4", ()),
+    "num_caption_chars": ("<i4", ()),  # -1: not known yet
     "status": ("|u1", ()),
     "codec": ("|u1", ()),  # position in the words of the index
     "extension": ("|u1", ()),
@@ -58,12 +58,13 @@ class Info(NamedTuple):
 
     shard: str  # file name
     size: int
-    sha256: str
+    sha256: str  # of its bytes; with headers_only of its tar headers
     count: int
     damage: str  # the first broken rule of a shard indexed with on_damage="keep", else ""
     num_ignored: int  # members that are no part of a sample
     ignored_example: str  # the name of the first of them
     words: tuple[str, ...]  # what the columns codec and extension number
+    headers_only: bool = False  # no part has been read: no checksums, no facts of videos, and OK means "seems to be"
 
 
 def dump(info: Info, columns: Mapping[str, np.ndarray]) -> bytes:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from vlp.data.bucket import Bucketed
-from vlp.data.columns import IndexFileError
+from vlp.data.columns import PARTS, IndexFileError
 from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
 from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader
 from vlp.data.mix import Schedule
 from vlp.data.plan import Plan, check_layout
+from vlp.data.remote import RETRY, is_remote
 from vlp.data.rng import mix
+from vlp.data.shard_cache import ShardCache
 from vlp.data.storage import StorageError
 from vlp.data.text import Tokenizer
 from vlp.data.workers import Workers
@@ -34,6 +36,7 @@ class VideoTextData:
         num_workers: reading processes of each rank. seed: of the run.
         sampling_train, sampling_test, transforms_train, transforms_test, short_side: see `vlp.data.fields.Clips`.
         make_tokenizer: gets the training captions, which it may ignore.
+        index_dir: where the indexes of remote shards lie. cache: keeps remote shards on this machine.
 
     Raises:
         ValueError: a source is too small or has no usable sample, the batch does not divide, an index is missing.
@@ -57,13 +60,15 @@ class VideoTextData:
         transforms_test: Sequence[Transform],
         short_side: int | None,
         make_tokenizer: Callable[[Iterable[str]], Tokenizer],
+        index_dir: str | None = None,
+        cache: ShardCache | None = None,
     ) -> None:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
         self.sources, self.weights = dict(sources), {name: float(weights[name]) for name in sources}
         self.batch_size, self.accumulate = batch_size, accumulate
         self.num_lanes, self.window_shards, self.bucket_steps, self.seed = num_lanes, window_shards, bucket_steps, seed
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
-        self._workers = Workers(num_workers=num_workers, pin_memory=torch.cuda.is_available())
+        self._index_dir, self._cache = index_dir, cache
         clips = {
             "train": Clips(sampling_train, transforms_train, short_side),
             "test": Clips(sampling_test, transforms_test, short_side),
@@ -74,6 +79,7 @@ class VideoTextData:
         self._parts = {
             number: self._part(number, name) for number, name in enumerate(self.sources) if self.weights[name] > 0
         }
+        self._workers = self._make_workers(num_workers)
         self.tokenizer = make_tokenizer(self._captions())
 
     def train_loader(self, *, start_step: int, num_steps: int, rank: int, world_size: int) -> StepLoader:
@@ -140,7 +146,15 @@ class VideoTextData:
         number = list(self.sources).index(name)
         try:
             shards = self.sources[name].shards(split)
-            reader = ClipReader(shards, clips=clips, seed=self.seed, source=number, train=split == "train")
+            reader = ClipReader(
+                shards,
+                clips=clips,
+                seed=self.seed,
+                source=number,
+                train=split == "train",
+                index_dir=self._index_dir,
+                cache=self._cache,
+            )
         except (IndexFileError, StorageError) as error:
             raise ValueError(f"source {name!r}: {error}") from error
         if len(reader) and Reason.OK not in reader.by_reason:
@@ -150,6 +164,12 @@ class VideoTextData:
                 f"look at one: {_record(reader, 0, next(iter(reader.by_reason)))}."
             )
         return reader
+
+    def _make_workers(self, num_workers: int) -> Workers:
+        """Return the settings of the loader; a sample of remote shards may wait for storage in each of its parts."""
+        far = any(is_remote(shard) for reader in self._readers.values() for shard in reader.shards)
+        stall_s = Workers().stall_s + far * len(PARTS) * RETRY.budget_s
+        return Workers(num_workers=num_workers, pin_memory=torch.cuda.is_available(), stall_s=stall_s)
 
     def _part(self, number: int, name: str) -> Part:
         reader = self.reader(name, "train")

@@ -10,7 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -20,9 +20,22 @@ from tqdm import tqdm
 from vlp.data import storage
 from vlp.data.columns import IndexFileError
 from vlp.data.decode import DecodeError, decode
-from vlp.data.index import ShardIndex, build_index, fingerprint, index_url, meta_of, open_index, read_part
+from vlp.data.index import (
+    ShardIndex,
+    build_headers_index,
+    build_index,
+    check_size,
+    fingerprint,
+    index_path,
+    meta_of,
+    open_index,
+    read_part,
+)
 from vlp.data.plan import PADDING
+from vlp.data.probe import ProbeError, VideoFacts, probe
+from vlp.data.remote import is_remote, shown
 from vlp.data.rng import generator, sample_key
+from vlp.data.shard_cache import ShardCache
 from vlp.types import Reason, SampleError
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # uint8 [T, H, W, 3], one decision for all frames
@@ -51,14 +64,35 @@ class Source(Protocol):
 
 
 class Shards:
-    """Tar shards that exist already; the indexes that are missing are made."""
+    """Tar shards that exist already, here or at http(s):// and s3:// URLs; the indexes that are missing are made."""
 
-    def __init__(self, *, train: Sequence[str] = (), test: Sequence[str] = ()) -> None:
-        """Take paths or URLs, in which {000..123} stands for a range."""
+    def __init__(
+        self,
+        *,
+        train: Sequence[str] = (),
+        test: Sequence[str] = (),
+        index_dir: str | None = None,
+        headers_only: bool = False,
+    ) -> None:
+        """Take paths or URLs, in which {000..123} stands for a range.
+
+        Args:
+            train, test: the shards of each split.
+            index_dir: a local folder for the indexes of remote shards; needed if there are any.
+            headers_only: index remote shards by their headers, and find out at first read what they hold.
+
+        Raises:
+            ValueError: no shard, no folder for the index of a remote one, or two that differ in their query only.
+        """
         self._shards = {
             "train": [url for pattern in train for url in storage.expand(pattern)],
             "test": [url for pattern in test for url in storage.expand(pattern)],
         }
+        everything = dict.fromkeys([*self._shards["train"], *self._shards["test"]])
+        self._paths = {shard: index_path(shard, index_dir=index_dir) for shard in everything}  # of the indexes
+        if len(set(self._paths.values())) < len(self._paths):
+            raise ValueError("two shards share one index: their URLs differ in nothing but query, user or password.")
+        self._build_remote = build_headers_index if headers_only else build_index
 
     def prepare(self) -> None:
         """Index the shards that have no index. Of several processes one indexes a shard, the others wait for it.
@@ -66,15 +100,15 @@ class Shards:
         Raises:
             ValueError: a shard is missing or damaged, or its index cannot be written; names it.
         """
-        everything = dict.fromkeys([*self._shards["train"], *self._shards["test"]])
-        missing = [shard for shard in everything if not os.path.exists(storage.local_path(index_url(shard)))]
+        missing = [shard for shard, path in self._paths.items() if not os.path.exists(path)]
         for shard in tqdm(missing, desc="indexing shards", unit="shard", disable=None):
             try:
                 self._index(shard)
             except (OSError, storage.StorageError) as error:
                 raise ValueError(
-                    f"shard {shard!r} cannot be indexed: {error}; run: python -m vlp.data.index"
+                    f"shard {shown(shard)!r} cannot be indexed: {error}; run: python -m vlp.data.index"
                 ) from error
+        self._check_access(set(missing))
 
     def shards(self, split: str) -> list[str]:
         """Return the shards of "train" or "test"."""
@@ -89,11 +123,33 @@ class Shards:
         return not set(self._shards["train"]).isdisjoint(self._shards["test"])
 
     def _index(self, shard: str) -> None:
-        path = storage.local_path(index_url(shard))
-        with open(storage.local_path(shard), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # of the shard itself: no lock file is left behind
+        path = self._paths[shard]
+        with self._lock(shard):
             if not os.path.exists(path):
-                build_index(shard).save(path)
+                (self._build_remote if is_remote(shard) else build_index)(shard).save(path)
+
+    @contextmanager
+    def _lock(self, shard: str) -> Iterator[None]:
+        """Hold the lock of whoever indexes a shard: of a local one itself, so that no lock file is left behind."""
+        if is_remote(shard):
+            os.makedirs(os.path.dirname(self._paths[shard]) or ".", exist_ok=True)
+            with storage.locked(self._paths[shard] + ".lock"):
+                yield
+            return
+        with open(storage.local_path(shard), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _check_access(self, just_read: set[str]) -> None:
+        """Ask for the first remote shard of each split, so that a wrong password is no matter of single samples."""
+        for shards in self._shards.values():
+            shard = next(filter(is_remote, shards), None)
+            if shard is None or shard in just_read:
+                continue
+            try:
+                check_size(ShardIndex.load(self._paths[shard], shard=shard), self._paths[shard])
+            except storage.StorageError as error:
+                raise ValueError(f"shard {shown(shard)!r} cannot be read: {error}.") from error
 
 
 class Sampling(Protocol):
@@ -150,11 +206,26 @@ class Sample(NamedTuple):
 class ClipReader:
     """The samples of one split of one source, by their position in the concatenation of its shards. Can be pickled.
 
-    Every random choice is a function of (seed, epoch, source, sample id): readers have no state but a cache of indexes.
+    Every random choice is a function of (seed, epoch, source, sample id): readers have no state but caches.
     """
 
-    def __init__(self, shards: Sequence[str], *, clips: Clips, seed: int, source: int, train: bool) -> None:
-        """Open every index once. Raises IndexFileError and StorageError, which name the shard and the remedy."""
+    def __init__(
+        self,
+        shards: Sequence[str],
+        *,
+        clips: Clips,
+        seed: int,
+        source: int,
+        train: bool,
+        index_dir: str | None = None,
+        cache: ShardCache | None = None,
+    ) -> None:
+        """Open every index once. Raises IndexFileError and StorageError, which name the shard and the remedy.
+
+        Remote shards need `index_dir`, where their indexes are, and may be kept on this machine by `cache`.
+        """
+        self.index_dir, self.cache = index_dir, cache
+        self._ahead: list[int] = []
         self.clips, self.seed, self.source, self.train = clips, seed, source, train
         self.shards, self.shape = list(shards), clips.shape()
         self._by_reason = np.zeros((len(self.shards), len(Reason)), dtype=np.int64)
@@ -183,6 +254,21 @@ class ClipReader:
         except SampleError as error:
             return self.tombstone(sample_id, epoch, error.reason, error.detail)
 
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Let the cache fetch shards, given by their numbers, in the background; those asked for before may go."""
+        if self.cache is None or shards == self._ahead:
+            return
+        self._ahead, indexes = shards, []
+        for shard in (number for number in shards if is_remote(self.shards[number])):
+            with suppress(IndexFileError, storage.StorageError):  # the read of a sample says so
+                indexes.append(_index(self.shards[shard], self.index_dir))
+        self.cache.ahead(f"{self.source} {self.train}", indexes)
+
+    def shards_from(self, sample_id: int, *, count: int) -> list[int]:
+        """Return the numbers of the shard of a sample and of those behind it, at most `count`."""
+        shard = self._place(sample_id)[0]
+        return list(range(shard, min(shard + count, len(self.shards))))
+
     def tombstone(self, sample_id: int, epoch: int, reason: Reason, detail: str = "") -> Sample:
         """Return what stands in the place of a sample that cannot be used."""
         key = sample_key(self.seed, epoch, self.source, sample_id)
@@ -191,7 +277,7 @@ class ClipReader:
 
     def meta(self, sample_id: int) -> dict[str, Any]:
         """Return the whole record of a sample, "captions" and what else it has. Raises SampleError."""
-        return meta_of(*self._locate(sample_id))
+        return meta_of(*self._locate(sample_id), cache=self.cache)
 
     def key_of(self, sample_id: int) -> str:
         """Return the key of a sample in its shard."""
@@ -199,8 +285,8 @@ class ClipReader:
         return index.key(row)
 
     def shard_of(self, sample_id: int) -> str:
-        """Return the URL of the shard of a sample."""
-        return self.shards[self._place(sample_id)[0]]
+        """Return the URL of the shard of a sample, without passwords."""
+        return shown(self.shards[self._place(sample_id)[0]])
 
     def detail_of(self, sample_id: int) -> str:
         """Return what the index says against a sample, "" if nothing."""
@@ -210,7 +296,7 @@ class ClipReader:
     def unusable(self, limit: int) -> Iterator[tuple[int, Reason]]:
         """Yield id and reason of the first samples that the index calls unusable; opens only shards that have some."""
         for shard in np.flatnonzero(self._by_reason[:, Reason.OK + 1 :].sum(axis=1)):
-            status = _index(self.shards[shard]).columns["status"]
+            status = _index(self.shards[shard], self.index_dir).columns["status"]
             rows = np.flatnonzero(status != Reason.OK)[:limit]
             first = self._ends[shard] - len(status)
             yield from ((int(first + row), Reason(status[row])) for row in rows)
@@ -226,8 +312,9 @@ class ClipReader:
             here = np.flatnonzero(shards == shard)
             rows = sample_ids[here] - self._ends[shard] + self._by_reason[shard].sum()
             with suppress(IndexFileError, storage.StorageError):  # gone since: `read` says so, sample by sample
-                index = _index(self.shards[shard])
-                sizes[here] = self._num_frames(index, rows) << 32 | index.columns["num_caption_chars"][rows]
+                index = _index(self.shards[shard], self.index_dir)
+                chars = index.columns["num_caption_chars"][rows].clip(min=0)  # -1 where a quick index does not know
+                sizes[here] = (self._num_frames(index, rows) << 32) + chars
         return sizes
 
     def captions(self, max_samples: int) -> Iterator[str]:
@@ -240,12 +327,12 @@ class ClipReader:
 
     def _read(self, sample_id: int, key: int) -> Sample:
         index, row = self._locate(sample_id)
-        where = (index.key(row), index.shard)
+        where = (index.key(row), shown(index.shard))
         if index.status(row) != Reason.OK:
             raise SampleError(index.status(row), *where, index.detail(row))
-        caption = self._choose(meta_of(index, row)["captions"], key)
-        video, facts = read_part(index, row, "video"), index.facts(row)
-        assert facts is not None, "a row that is OK has been probed"
+        caption = self._choose(meta_of(index, row, cache=self.cache)["captions"], key)
+        video = read_part(index, row, "video", cache=self.cache)
+        facts = _facts(index, row, video)
         times_s = self.clips.sampling(facts.duration_s, facts.fps, generator(key, "times") if self.train else None)
         began = time.perf_counter()
         try:
@@ -279,17 +366,29 @@ class ClipReader:
     def _locate(self, sample_id: int) -> tuple[ShardIndex, int]:
         shard, row = self._place(sample_id)
         try:
-            return _index(self.shards[shard]), row
+            return _index(self.shards[shard], self.index_dir), row
         except (IndexFileError, storage.StorageError) as error:  # it was there when the run began
-            raise SampleError(Reason.READ_FAILED, f"sample {row}", self.shards[shard], str(error)) from error
+            raise SampleError(Reason.READ_FAILED, f"sample {row}", shown(self.shards[shard]), str(error)) from error
 
     def _opened(self) -> Iterator[ShardIndex]:
         for number, shard in enumerate(self.shards):
-            index = open_index(shard)
+            index = open_index(shard, index_dir=self.index_dir)
             self._by_reason[number] = np.bincount(index.columns["status"], minlength=len(Reason))
             yield index
 
 
+def _facts(index: ShardIndex, row: int, video: bytes) -> VideoFacts:
+    """Return the facts of a video, from the index if it knows them. Raises SampleError."""
+    facts = index.facts(row)
+    if facts is not None:
+        return facts
+    assert index.info.headers_only, "a row that is OK has been probed"
+    try:
+        return probe(video)
+    except ProbeError as error:
+        raise SampleError(error.reason, index.key(row), shown(index.shard), error.detail) from error
+
+
 @lru_cache(maxsize=_MAX_OPEN)
-def _index(shard: str) -> ShardIndex:
-    return open_index(shard)
+def _index(shard: str, index_dir: str | None) -> ShardIndex:
+    return open_index(shard, index_dir=index_dir)

@@ -2,7 +2,7 @@
 
 NAME.tar has NAME.index, see `vlp.data.columns`. Reading a tar says neither how many samples there should be nor whether
 one is damaged, so training opens shards through their index only. `python -m vlp.data.index URL...` makes and checks
-indexes, of foreign shards too; a shard is never rewritten.
+indexes, of foreign shards too; a shard is never rewritten. The indexes of remote shards lie in a local folder.
 """
 
 import argparse
@@ -13,10 +13,9 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,13 +23,13 @@ from vlp.data import storage
 from vlp.data.columns import PARTS, IndexFileError, Info, Part, dump, parse
 from vlp.data.meta import MetaError, parse_meta
 from vlp.data.probe import LIMITS, Limits, VideoFacts
+from vlp.data.remote import is_remote, shown
 from vlp.data.rows import PART_OF, Rows, split_name
-from vlp.data.tar import TarError, members
+from vlp.data.stream import CHUNK, HashedStream, HeaderStream
+from vlp.data.tar import Member, TarError, members
 from vlp.types import Reason, SampleError
 
 EXIT_OK, EXIT_DAMAGED, EXIT_UNWRITABLE, EXIT_USAGE = 0, 65, 73, 78
-
-_CHUNK = 4 << 20  # bytes read at once where only a checksum is wanted
 
 
 class ShardIndex:
@@ -119,64 +118,127 @@ class ShardIndex:
             info, columns = parse(memoryview(data))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise IndexFileError(f"{path}: {reason}; run: python -m vlp.data.index --force {shard}") from error
+            raise IndexFileError(f"{path}: {reason}; {_remedy(shard, path)}") from error
         return cls(shard, info, columns)
 
 
 def index_url(shard: str) -> str:
-    """Return the URL of the index of a shard: NAME.index for NAME.tar."""
-    if not shard.endswith(".tar"):
+    """Return the path or file URL of the index beside a shard: NAME.index for NAME.tar. Raises ValueError."""
+    place = shown(shard) if is_remote(shard) else shard
+    if not place.endswith(".tar"):
         raise ValueError(
-            f"{shard!r} is not a shard: its name must end in .tar; rename it, or unpack it if it is compressed."
+            f"{place!r} is not a shard: its name must end in .tar; rename it, or unpack it if it is compressed."
         )
-    return shard.removesuffix(".tar") + ".index"
+    return place.removesuffix(".tar") + ".index"
 
 
-def open_index(shard: str) -> ShardIndex:
-    """Map the index beside a shard and check that the shard still has the size that it had.
+def index_path(shard: str, *, index_dir: str | None = None) -> str:
+    """Return where the index of a shard lies: beside a local shard, in `index_dir` for a remote one.
+
+    The name in `index_dir` is that of the shard and a digest of its URL without what may change: password and query.
+
+    Raises:
+        ValueError: the URL is no shard, or remote and there is no `index_dir`.
+    """
+    storage.check(shard)
+    beside = index_url(shard)
+    if not is_remote(shard):
+        return storage.local_path(beside)
+    if index_dir is None:
+        raise ValueError(
+            f"{shown(shard)!r}: the indexes of remote shards need a local folder; give data.index_dir, or --index-dir "
+            "on the command line of vlp.data.index."
+        )
+    name = os.path.basename(beside).removesuffix(".index")
+    return os.path.join(index_dir, f"{name}-{hashlib.sha256(beside.encode()).hexdigest()[:16]}.index")
+
+
+def open_index(shard: str, *, index_dir: str | None = None) -> ShardIndex:
+    """Map the index of a shard and check that a local shard still has the size that it had.
+
+    A remote shard is not asked: thousands of them would take minutes. Its parts are checked when they are read.
 
     Raises:
         IndexFileError: the index cannot be used, or the shard has been replaced since.
         StorageError: there is no such shard.
+        ValueError: as `index_path`.
     """
-    index = ShardIndex.load(storage.local_path(index_url(shard)), shard=shard)
-    size = storage.size(shard)
-    if size != index.info.size:
-        rule = f"the shard has {size} bytes, but had {index.info.size} when it was indexed"
-        raise IndexFileError(f"{shard}: {rule}; restore it, or run: python -m vlp.data.index --force {shard}")
+    path = index_path(shard, index_dir=index_dir)
+    index = ShardIndex.load(path, shard=shard)
+    if not is_remote(shard):
+        check_size(index, path)
     return index
 
 
-def read_part(index: ShardIndex, row: int, name: str) -> bytes:
+def check_size(index: ShardIndex, path: str) -> None:
+    """Raise IndexFileError unless a shard has the size that it had when it was indexed; StorageError if it is gone."""
+    size = storage.size(index.shard)
+    if size != index.info.size:
+        rule = f"the shard has {size} bytes, but had {index.info.size} when it was indexed"
+        raise IndexFileError(f"{shown(index.shard)}: {rule}; restore it, or {_remedy(index.shard, path)}")
+
+
+def _remedy(shard: str, path: str) -> str:
+    folder = f" --index-dir {os.path.dirname(path)}" if is_remote(shard) else ""
+    return f"run: python -m vlp.data.index --force{folder} {shown(shard)}"
+
+
+class Cache(Protocol):
+    """Bytes of remote shards that are on this machine already, see `vlp.data.shard_cache`."""
+
+    def read(self, index: ShardIndex, offset: int, size: int) -> bytes | None:
+        """Return None if the shard is not there."""
+        ...
+
+    def drop(self, index: ShardIndex) -> None:
+        """Remove a shard whose bytes are wrong."""
+        ...
+
+
+def read_part(index: ShardIndex, row: int, name: str, *, cache: Cache | None = None) -> bytes:
     """Return the bytes of the part "video", "txt" or "json" of a sample, after comparing their checksum.
+
+    Wrong bytes of a cached shard are dropped, wrong bytes from remote storage are asked for once more.
 
     Raises:
         SampleError: the sample has no such part, storage gave up, or the bytes are not those that were indexed.
     """
-    part = index.part(row, name)
+    part, shard = index.part(row, name), shown(index.shard)
     if part is None:
         reason = Reason.VIDEO_MISSING if name == "video" else Reason.CAPTION_MISSING
-        raise SampleError(reason, index.key(row), index.shard, f"no {name} part")
+        raise SampleError(reason, index.key(row), shard, f"no {name} part")
     try:
-        data = storage.read(index.shard, part.offset, part.size)
+        for data in _attempts(index, part, cache):
+            if index.info.headers_only or zlib.crc32(data) == part.crc32:
+                return data
     except storage.StorageError as error:
-        raise SampleError(Reason.READ_FAILED, index.key(row), index.shard, str(error)) from error
-    if zlib.crc32(data) != part.crc32:
-        raise SampleError(Reason.CHECKSUM, index.key(row), index.shard, f"{name} part at byte {part.offset}")
-    return data
+        raise SampleError(Reason.READ_FAILED, index.key(row), shard, str(error)) from error
+    raise SampleError(Reason.CHECKSUM, index.key(row), shard, f"{name} part at byte {part.offset}")
 
 
-def meta_of(index: ShardIndex, row: int) -> dict[str, Any]:
+def _attempts(index: ShardIndex, part: Part, cache: Cache | None) -> Iterator[bytes]:
+    """Yield the bytes of a part from each place that may have them; asked for another one, the last was wrong."""
+    if cache and (data := cache.read(index, part.offset, part.size)) is not None:
+        yield data
+        cache.drop(index)
+    yield storage.read(index.shard, part.offset, part.size)
+    if is_remote(index.shard):
+        yield storage.read(index.shard, part.offset, part.size)
+
+
+def meta_of(index: ShardIndex, row: int, *, cache: Cache | None = None) -> dict[str, Any]:
     """Return the validated meta of a sample from its txt and json parts; "captions" holds at least one text.
 
     Raises:
         SampleError: as `read_part`, or the text breaks a rule of `vlp.data.meta`.
     """
-    text, record = (read_part(index, row, name) if index.part(row, name) else None for name in ("txt", "json"))
+    text, record = (
+        read_part(index, row, name, cache=cache) if index.part(row, name) else None for name in ("txt", "json")
+    )
     try:
         return parse_meta(text, record)
     except MetaError as error:
-        raise SampleError(error.reason, index.key(row), index.shard, error.detail) from error
+        raise SampleError(error.reason, index.key(row), shown(index.shard), error.detail) from error
 
 
 def fingerprint(indexes: Iterable[ShardIndex]) -> str:
@@ -207,28 +269,67 @@ def build_index(
         StorageError: the shard cannot be read.
     """
     storage.forget(shard)
-    stream, rows, damage = _HashedStream(shard), Rows(limits, known_facts or {}), ""
+    stream, rows = HashedStream(shard), Rows(limits, known_facts or {})
+
+    def add(member: Member, part: str) -> None:
+        data, crc32 = stream.take(member.size, limit=rows.size_limit(part))
+        rows.add(member.name, Part(member.offset, member.size, crc32), data)
+
+    damage = _gather(stream, rows, add, shard=shard, on_damage=on_damage)
+    stream.seek(stream.size)
+    return _packed(shard, stream, rows, damage)
+
+
+def build_headers_index(
+    shard: str, *, on_damage: Literal["refuse", "keep"] = "refuse", limits: Limits = LIMITS
+) -> ShardIndex:
+    """Index a shard by its tar headers alone, for remote shards too large to be read whole; see `Info.headers_only`.
+
+    Takes and raises what `build_index` does. Bad samples are found when training reads them.
+    """
+    storage.forget(shard)
+    stream, rows = HeaderStream(shard), Rows(limits, {})
+
+    def add(member: Member, part: str) -> None:
+        rows.add_unread(member.name, Part(member.offset, member.size, 0))
+
+    damage = _gather(stream, rows, add, shard=shard, on_damage=on_damage)
+    index = _packed(shard, stream, rows, damage)
+    return ShardIndex(shard, index.info._replace(headers_only=True), index.columns)
+
+
+def _gather(
+    stream: HashedStream | HeaderStream,
+    rows: Rows,
+    add: Callable[[Member, str], None],
+    *,
+    shard: str,
+    on_damage: Literal["refuse", "keep"],
+) -> str:
+    """Give each member that is part of a sample to `add`; return the damage that ended the archive, "" if none did."""
     try:
-        for member in members(stream, size=stream.size, name=shard):
+        for member in members(stream, size=stream.size, name=shown(shard)):
             part = PART_OF.get(split_name(member.name)[1])
             if part is None:
                 rows.ignore(member.name)
-                continue
-            data, crc32 = stream.take(member.size, limit=rows.size_limit(part))
-            rows.add(member.name, Part(member.offset, member.size, crc32), data)
+            else:
+                add(member, part)
     except TarError as error:
         if on_damage == "refuse":
             raise
         rows.cut(error.member, error.rule)
-        damage = f"byte {error.offset}: {error.rule}"
-    stream.seek(stream.size)
+        return f"byte {error.offset}: {error.rule}"
+    return ""
+
+
+def _packed(shard: str, stream: HashedStream | HeaderStream, rows: Rows, damage: str) -> ShardIndex:
     columns, words = rows.pack()
-    digest, name = stream.sha256.hexdigest(), os.path.basename(shard)
+    digest, name = stream.sha256.hexdigest(), storage.file_name(shard)
     ignored = (rows.num_ignored, rows.ignored_example)
     return ShardIndex(shard, Info(name, stream.size, digest, len(rows.rows), damage, *ignored, tuple(words)), columns)
 
 
-def check_shard(shard: str) -> list[str]:
+def check_shard(shard: str, *, index_dir: str | None = None) -> list[str]:
     """Compare a shard with its index; return one line for each damaged sample, or for what else differs.
 
     Raises:
@@ -236,8 +337,11 @@ def check_shard(shard: str) -> list[str]:
         StorageError: the shard cannot be read.
     """
     storage.forget(shard)
-    index = ShardIndex.load(storage.local_path(index_url(shard)), shard=shard)
-    stream = _HashedStream(shard)
+    index = ShardIndex.load(index_path(shard, index_dir=index_dir), shard=shard)
+    if index.info.headers_only:
+        same = build_headers_index(shard, on_damage="keep").info == index.info
+        return [] if same else ["its headers differ; an index of headers knows no more"]
+    stream = HashedStream(shard)
     stream.seek(stream.size)
     if stream.sha256.hexdigest() == index.info.sha256:
         return []
@@ -252,64 +356,59 @@ def check_shard(shard: str) -> list[str]:
     return lines or ["no sample is damaged; headers or padding differ"]
 
 
-class _HashedStream:
-    """A shard read once from front to back; every byte that is passed goes into `sha256`."""
-
-    def __init__(self, shard: str) -> None:
-        self.shard, self.size = shard, storage.size(shard)
-        self.sha256, self.position = hashlib.sha256(), 0
-
-    def read(self, size: int) -> bytes:
-        data = storage.read(self.shard, self.position, min(size, self.size - self.position))
-        self.sha256.update(data)
-        self.position += len(data)
-        return data
-
-    def seek(self, offset: int) -> None:
-        while self.position < min(offset, self.size):
-            self.read(min(_CHUNK, offset - self.position))
-
-    def take(self, size: int, *, limit: int) -> tuple[bytes | None, int]:
-        """Return the next `size` bytes, None if they are more than `limit`, and their crc32."""
-        if size <= limit:
-            data = self.read(size)
-            return data, zlib.crc32(data)
-        crc32 = 0
-        for at in range(0, size, _CHUNK):
-            crc32 = zlib.crc32(self.read(min(_CHUNK, size - at)), crc32)
-        return None, crc32
-
-
 def _crc32(shard: str, part: Part) -> int:
     crc32 = 0
-    for at in range(0, part.size, _CHUNK):
-        crc32 = zlib.crc32(storage.read(shard, part.offset + at, min(_CHUNK, part.size - at)), crc32)
+    for at in range(0, part.size, CHUNK):
+        crc32 = zlib.crc32(storage.read(shard, part.offset + at, min(CHUNK, part.size - at)), crc32)
     return crc32
 
 
-def _index_one(shard: str, *, policy: Literal["refuse", "keep"], force: bool) -> tuple[int, str]:
-    """Index one shard unless it has an up-to-date index; return the exit code and the line to print."""
-    start_s = time.perf_counter()
-    try:
-        index = None if force else _up_to_date(shard)
-        if index:
-            return EXIT_OK, f"{shard}: unchanged, {_summary(index)}"
-        index = build_index(shard, on_damage=policy)
-        index.save(storage.local_path(index_url(shard)))
-    except (TarError, storage.StorageError) as error:
-        return EXIT_DAMAGED, str(error)
-    except OSError as error:
-        return EXIT_UNWRITABLE, f"{index_url(shard)}: cannot be written: {error.strerror}"
-    return EXIT_OK, f"{shard}: {_summary(index)}, {time.perf_counter() - start_s:.1f} s"
+class _Job(NamedTuple):
+    """What the command line wants done with each shard."""
+
+    index_dir: str | None
+    policy: Literal["refuse", "keep"]
+    force: bool
+    headers_only: bool
+
+    def index(self, shard: str) -> tuple[int, str]:
+        """Index one shard unless it has an up-to-date index; return the exit code and the line to print."""
+        start_s, path = time.perf_counter(), index_path(shard, index_dir=self.index_dir)
+        build = build_headers_index if self.headers_only else build_index
+        try:
+            index = None if self.force else _up_to_date(shard, path, headers_only=self.headers_only)
+            if index:
+                return EXIT_OK, f"{shown(shard)}: unchanged, {_summary(index)}"
+            index = build(shard, on_damage=self.policy)
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            index.save(path)
+        except (TarError, storage.StorageError) as error:
+            return EXIT_DAMAGED, str(error)
+        except OSError as error:
+            return EXIT_UNWRITABLE, f"{path}: cannot be written: {error.strerror}"
+        return EXIT_OK, f"{shown(shard)}: {_summary(index)}, {time.perf_counter() - start_s:.1f} s"
+
+    def check(self, shard: str) -> tuple[int, str]:
+        """Compare one shard with its index; return the exit code and the lines to print."""
+        try:
+            lines = check_shard(shard, index_dir=self.index_dir)
+        except (IndexFileError, storage.StorageError, TarError) as error:
+            return EXIT_DAMAGED, str(error)
+        if lines:
+            head = f"{shown(shard)}: differs from its index"
+            return EXIT_DAMAGED, "\n".join([head, *(f"    {line}" for line in lines)])
+        return EXIT_OK, f"{shown(shard)}: as indexed"
 
 
-def _up_to_date(shard: str) -> ShardIndex | None:
-    path = storage.local_path(index_url(shard))
+def _up_to_date(shard: str, path: str, *, headers_only: bool) -> ShardIndex | None:
+    """Return the index at `path` if it is not older than a local shard and knows enough."""
     try:
-        newer = os.stat(path).st_mtime_ns >= os.stat(storage.local_path(shard)).st_mtime_ns
-        return open_index(shard) if newer else None
+        newer = is_remote(shard) or os.stat(path).st_mtime_ns >= os.stat(storage.local_path(shard)).st_mtime_ns
+        index = ShardIndex.load(path, shard=shard)
+        check_size(index, path)
     except (OSError, IndexFileError):
         return None
+    return index if newer and (headers_only or not index.info.headers_only) else None
 
 
 def _summary(index: ShardIndex) -> str:
@@ -317,47 +416,48 @@ def _summary(index: ShardIndex) -> str:
     words = [f"{len(index)} samples", f"{counts.pop(Reason.OK, 0)} usable"]
     words += [f"{count} {reason.name.lower()}" for reason, count in counts.items()]
     info = index.info
+    words += ["from the headers only"] if info.headers_only else []
     words += [f"{info.num_ignored} other members, such as {info.ignored_example!r}"] if info.num_ignored else []
     words += [f"{info.size / 1e6:.1f} MB"]
     words += [f"damaged at {info.damage}"] if info.damage else []
     return ", ".join(words)
 
 
-def _check_one(shard: str) -> tuple[int, str]:
-    try:
-        lines = check_shard(shard)
-    except (IndexFileError, storage.StorageError) as error:
-        return EXIT_DAMAGED, str(error)
-    if lines:
-        return EXIT_DAMAGED, "\n".join([f"{shard}: differs from its index", *(f"    {line}" for line in lines)])
-    return EXIT_OK, f"{shard}: as indexed"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns 0; 65 a shard is damaged or unreadable; 73 no index can be written; 78 bad URL."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlp.data.index", description="Make or check the indexes of shards."
-    )
-    parser.add_argument("urls", nargs="+", metavar="URL", help="a .tar file; {000..123} stands for a range")
-    parser.add_argument("--check", action="store_true", help="compare shards with their indexes, change nothing")
-    parser.add_argument("--policy", choices=("refuse", "keep"), default="refuse", help="what to do with a cut archive")
-    parser.add_argument("--force", action="store_true", help="index again what has an up-to-date index")
-    parser.add_argument("--workers", type=int, default=1, help="processes to use")
-    options = parser.parse_args(arguments)
+    options = _options(arguments)
     try:
         shards = [shard for url in options.urls for shard in storage.expand(url)]
         for shard in shards:
-            storage.local_path(index_url(shard))
+            index_path(shard, index_dir=options.index_dir)
     except ValueError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
-    work = _check_one if options.check else partial(_index_one, policy=options.policy, force=options.force)
+    job = _Job(options.index_dir, options.policy, options.force, options.headers_only)
     worst = EXIT_OK
     with ProcessPoolExecutor(max(1, options.workers)) as pool:
+        work = job.check if options.check else job.index
         for code, line in (pool.map if options.workers > 1 else map)(work, shards):
             print(line, flush=True)
             worst = max(worst, code)
     return worst
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vlp.data.index", description="Make or check the indexes of shards."
+    )
+    urls = "a .tar file, or its http(s):// or s3:// URL; {000..123} stands for a range"
+    parser.add_argument("urls", nargs="+", metavar="URL", help=urls)
+    parser.add_argument("--check", action="store_true", help="compare shards with their indexes, change nothing")
+    parser.add_argument("--policy", choices=("refuse", "keep"), default="refuse", help="what to do with a cut archive")
+    parser.add_argument("--force", action="store_true", help="index again what has an up-to-date index")
+    parser.add_argument("--workers", type=int, default=1, help="processes to use")
+    parser.add_argument("--index-dir", metavar="DIR", help="where the indexes of remote shards lie")
+    parser.add_argument(
+        "--headers-only", action="store_true", help="read no videos and captions: quick, checks nothing"
+    )
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

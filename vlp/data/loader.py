@@ -2,7 +2,8 @@
 
     step --schedule--> source, its cursor --plan--> sample ids of this rank --reader--> samples --collate--> Batch
 
-All of it is a function of the step, so a loader begins anywhere, and which worker does what changes nothing.
+All of it is a function of the step, so a loader begins anywhere, and which worker does what changes nothing. The plan
+also tells which shards come next: remote ones are fetched ahead, if there is a cache.
 """
 
 import math
@@ -20,6 +21,8 @@ from vlp.data.mix import Schedule
 from vlp.data.text import Tokenizer
 from vlp.data.workers import Workers, ordered
 from vlp.types import Batch, Reason
+
+_SPLIT_AHEAD = 4  # shards of a split that are fetched while the first of them is read
 
 
 class StepBatch(NamedTuple):
@@ -66,6 +69,8 @@ class MicroBatches:
         source, cursor = self.schedule.turn(step)
         reader, plan = self.parts[source]
         epoch, place = divmod(cursor, plan.num_steps)
+        if reader.cache:
+            reader.fetch_ahead(plan.upcoming(epoch, place, self.rank, self.world_size))
         slots = plan.rank_slots(epoch, place, self.rank, self.world_size)
         ids = slots[micro * self.num_clips : (micro + 1) * self.num_clips]
         return _batch(reader, ids, self.tokenizer, epoch=epoch, begin=begin, skip=skip, buffer=buffer)
@@ -85,6 +90,8 @@ class SplitBatches:
     def __call__(self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor) -> Batch:
         """Return a batch; the last one may be shorter."""
         ids = self.ids[job * self.batch_size : (job + 1) * self.batch_size]
+        if self.reader.cache:
+            self.reader.fetch_ahead(self.reader.shards_from(ids[0], count=_SPLIT_AHEAD))
         return _batch(self.reader, ids, self.tokenizer, epoch=0, begin=begin, skip=skip, buffer=buffer)[0]
 
 

@@ -86,6 +86,30 @@ class Plan:
         check_layout(global_batch=self.global_batch, num_lanes=self.num_lanes, world_size=world_size)
         return self._ids(epoch, step, np.arange(rank, self.global_batch, world_size))
 
+    def upcoming(self, epoch: int, step: int, rank: int, world_size: int) -> list[int]:
+        """Return the shards of the windows that a rank reads from in a step, then those of the windows after them.
+
+        Each shard once, in the order in which the lanes come to their windows; after the last window of an epoch comes
+        the first of the next.
+        """
+        lanes = np.arange(rank, self.num_lanes, world_size)
+        now, then = self._windows(epoch, step, lanes)
+        if not all(then):
+            begin, _ = self._windows(epoch + 1, 0, lanes)
+            then = [window or first for window, first in zip(then, begin, strict=True)]
+        return list(dict.fromkeys(shard for windows in (now, then) for window in windows for shard in window))
+
+    def _windows(self, epoch: int, step: int, lanes: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the shards of the window in which each lane is at a step, and of the next, empty after the last."""
+        order, begins = self._order(epoch)
+        start, end = self._lane_start(lanes), self._lane_start(lanes + 1)
+        place = np.minimum(start + step * (self.global_batch // self.num_lanes), end - 1)
+        first, index, last = (np.searchsorted(begins, at, side="right") - 1 for at in (start, place, end - 1))
+        window = first + (index - first) // self.window_shards * self.window_shards
+        stops = [np.minimum(window + turn * self.window_shards, last + 1) for turn in (1, 2)]
+        now = [order[low:high].tolist() for low, high in zip(window, stops[0], strict=True)]
+        return now, [order[low:high].tolist() for low, high in zip(*stops, strict=True)]
+
     def _lane_start(self, lane: Any) -> Any:
         """Return the first position of a lane (int or array) in the sequence; no lane is longer than the first."""
         return -(-lane * self.num_samples // self.num_lanes)

@@ -19,6 +19,7 @@ STILLS = ("jpg", "jpeg", "png", "webp")
 PART_OF = {**dict.fromkeys((*VIDEOS, *STILLS), "video"), "txt": "txt", "json": "json"}
 
 _PLACE = ("part_offset", "part_size", "part_crc")  # the columns of a Part
+_UNKNOWN = -1  # characters of a caption that has not been read
 _NO_FRAMES = np.zeros(0, np.int64)
 _FACTS = ("width", "height", "num_frames", "fps", "duration_s", "rotation", "start_s")
 
@@ -60,7 +61,23 @@ class Rows:
         self.num_ignored += 1
 
     def add(self, name: str, place: Part, data: bytes | None) -> None:
-        """Add a member; `data` is None where the member is larger than its limit."""
+        """Add a member and examine it; `data` is None where the member is larger than its limit."""
+        row, part = self._place(name, place)
+        if row and "row" not in row.problems:
+            self._examine(row, part, data)
+
+    def add_unread(self, name: str, place: Part) -> None:
+        """Add a member of which the size alone is known; what it holds is found out when training reads it."""
+        row, part = self._place(name, place)
+        if row is None or "row" in row.problems:
+            return
+        if part != "video":
+            row.num_chars[part] = _UNKNOWN if place.size else 0
+        if place.size > self.size_limit(part) or (part == "video" and not place.size):
+            self._examine(row, part, None if place.size else b"")
+
+    def _place(self, name: str, place: Part) -> tuple[_Row | None, str]:
+        """Return the row that a member belongs to, None if to none, and which part of it it is."""
         key, extension = split_name(name)
         part = PART_OF[extension]
         row = self._newest.get(key)
@@ -69,7 +86,7 @@ class Rows:
             thumbnail = True  # a picture beside its video
             self.ignore(name if extension in STILLS else f"{key}.{row.extension}")
             if extension in STILLS:
-                return
+                return None, part
         if row is None or (part in row.parts and not thumbnail):
             row = self._start(key, name if row else "")
         row.extensions.add(extension)
@@ -77,8 +94,7 @@ class Rows:
         row.problems.pop(part, None)
         if part == "video":
             row.extension, row.facts = extension, None
-        if "row" not in row.problems:
-            self._examine(row, part, data)
+        return row, part
 
     def _start(self, key: str, duplicate: str) -> _Row:
         row = self._newest[key] = _Row(key)

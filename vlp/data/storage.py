@@ -1,6 +1,6 @@
 """Where shards are: `read` and `size` by URL, and numeric brace expansion. Every reader of shards goes through here.
 
-Local files only today. Another scheme is one more class with `size` and `read`, chosen in `_open`; no caller changes.
+Local files are read here, http(s):// and s3:// objects by `vlp.data.remote`; any other scheme is refused.
 """
 
 import fcntl
@@ -10,15 +10,19 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
+
+from vlp.data import remote
+from vlp.data.remote import RemoteError, is_remote, shown
 
 MAX_EXPANSION = 1_000_000  # URLs that one pattern may stand for
 _MAX_OPEN = 256  # descriptors kept open in a process; far below the usual limit of 1,024
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 
@@ -57,9 +61,11 @@ def read(url: str, offset: int, size: int) -> bytes:
     """Return exactly `size` bytes from `offset` on.
 
     Raises:
-        StorageError: the file cannot be opened or read, or does not hold that range.
+        StorageError: the file cannot be opened or read, or does not hold that range; remote objects after retries.
         ValueError: the scheme of the URL is not allowed.
     """
+    if is_remote(url):
+        return _from_remote(remote.read, url, offset, size)
     try:
         file = _open(url)
         if offset < 0 or size < 0 or offset + size > file.size:  # checked first: pread allocates what it is asked for
@@ -73,9 +79,11 @@ def size(url: str) -> int:
     """Return the size in bytes as it is now, also where the file has been replaced since it was opened.
 
     Raises:
-        StorageError: there is no such regular file.
+        StorageError: there is no such regular file or object.
         ValueError: the scheme of the URL is not allowed.
     """
+    if is_remote(url):
+        return _from_remote(remote.size, url)
     path = local_path(url)
     try:
         status = os.stat(path)
@@ -88,8 +96,18 @@ def size(url: str) -> int:
 
 def forget(url: str) -> None:
     """Drop the open descriptors of this process, because the file at `url` has just been replaced."""
-    local_path(url)
+    check(url)
     _open.cache_clear()
+
+
+def check(url: str) -> None:
+    """Raise ValueError unless a URL can name a shard, here or elsewhere; nothing is opened."""
+    remote.check(url) if is_remote(url) else local_path(url)
+
+
+def file_name(url: str) -> str:
+    """Return the last part of the path of a URL."""
+    return os.path.basename(shown(url) if is_remote(url) else local_path(url))
 
 
 @contextmanager
@@ -132,7 +150,8 @@ def local_path(url: str) -> str:
         return url
     if scheme[1].lower() != "file":
         raise ValueError(
-            f"{url!r}: '{scheme[1]}:' is not allowed, only paths and file:// URLs; copy the shards to a disk."
+            f"{shown(url)!r}: '{scheme[1]}:' is not allowed here, only paths and file:// URLs, and http(s):// and "
+            "s3:// for shards; copy them to a disk."
         )
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
@@ -172,6 +191,14 @@ def locked(path: str) -> Iterator[None]:
             _log.info("waiting for another process that holds %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _from_remote(function: Callable[..., _T], url: str, *arguments: int) -> _T:
+    remote.check(url)
+    try:
+        return function(url, *arguments)
+    except RemoteError as error:
+        raise StorageError(f"{shown(url)}: {error}") from None
 
 
 @lru_cache(maxsize=_MAX_OPEN)

@@ -15,6 +15,7 @@ from vlp.training.exits import Exit, reported
 from vlp.training.launch import Attempt, quiet
 
 CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "paths.", "trainer.num_threads=")
+CHANGEABLE += ("data.index_dir=", "data.cache_dir=", "data.cache_gib=")
 
 
 def main(arguments: Sequence[str]) -> int:

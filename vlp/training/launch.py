@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlp import config, dist
 from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
+from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
 from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
@@ -145,6 +146,7 @@ class Attempt:
         cfg = self.cfg
         sources = prepare.sources(cfg)
         weights = {name: float(plain(cfg.data.sources[name]).get("weight", 1.0)) for name in sources}
+        folder, max_bytes = cfg.data.cache_dir, int(cfg.data.cache_gib * 2**30)
         try:
             return VideoTextData(
                 sources=sources,
@@ -162,6 +164,8 @@ class Attempt:
                 transforms_test=[config.build(node, "clip.transforms_test") for node in cfg.clip.transforms_test],
                 short_side=cfg.clip.short_side,
                 make_tokenizer=lambda captions: prepare.tokenizer(cfg, self.directory, captions),
+                index_dir=cfg.data.index_dir,
+                cache=ShardCache(folder, max_bytes=max_bytes) if folder else None,
             )
         except ValueError as error:
             raise config.ConfigError([str(error)]) from None

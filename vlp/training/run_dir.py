@@ -38,6 +38,9 @@ FREE = (  # sections and keys that may differ when a run continues: they change 
     "data.num_workers",
     "data.videos",  # the fingerprint of the shards decides, not where they lie
     "data.captions",
+    "data.index_dir",
+    "data.cache_dir",
+    "data.cache_gib",
     "data.sources",
     "logger",
     "eval",
