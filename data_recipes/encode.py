@@ -139,7 +139,7 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream, str]]:
     kind = container_format(data) or ""
     if data[:6] in (b"GIF87a", b"GIF89a"):
         # The one format that is decoded here and not in training: its decoder runs once, on the user's own download.
-        container = av.open(io.BytesIO(data), format="gif", options={"codec_whitelist": "gif"})
+        container = av.open(io.BytesIO(data), "r", format="gif", options={"codec_whitelist": "gif"})
     else:
         decode_to_probe = kind not in SEEKABLE
         container = open_container(data, kind, decode_to_probe=decode_to_probe, max_pixels=LIMITS.max_pixels)
@@ -250,7 +250,7 @@ class _Picture:
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
         if self.turns:
-            upright = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), self.turns))
+            upright = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), self.turns), dtype=np.uint8)
             frame = VideoFrame.from_ndarray(upright, format="rgb24")
         area = Interpolation.AREA
         return self.scaler.reformat(frame, self.width, self.height, "yuv420p", interpolation=area, threads=1)
