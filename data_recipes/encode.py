@@ -32,7 +32,9 @@ from vlp.data.rows import STILLS
 from vlp.types import Reason
 
 _CLOCK = 90_000  # ticks a second of what is written: whole for 24, 25, 30, 60 and the NTSC rates
-_OPTIONS = {"preset": "fast", "crf": "20"}  # hardly to be told from the original
+# Hardly to be told from the original. mbtree reads memory that nobody wrote: bytes would vary, see `vlp.data.render`.
+_OPTIONS = {"preset": "fast", "crf": "20", "x264-params": "mbtree=0"}
+_MUXER = {"fflags": "+bitexact"}  # no dates or version tags
 _MAX_GOP = 60  # frames between key frames where --gop does not say: x264's 250 make single frames dear
 _JPEG_QUALITY = 92
 
@@ -122,7 +124,7 @@ def _encoded(
     first = next(shots, None)
     if first is None:
         raise SpanError(f"no frame from {span[0]:g} to {span[1]:g} s")
-    with av.open(file, "w", format="mp4") as output:
+    with av.open(file, "w", format="mp4", options=_MUXER) as output:
         _write(output, chain([first], shots), first.frame, encoding=encoding, fps=fps or 25.0)
     return file.getvalue()
 
