@@ -1,10 +1,8 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from vlp.data.decode import decode
 from vlp.data.index import check_shard
 from vlp.data.probe import ProbeError, probe
 
-ROOT = Path(__file__).parent.parent
 LONG = clip(60, options={"g": "12"})
 
 
@@ -229,20 +226,20 @@ OPTIONS = ("--clips-per-shard", 2, "--short-side", 64)
 
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(tmp_path):
     videos, out = many(tmp_path), tmp_path / "out"
-    words = ["--videos", videos, "--captions", tmp_path / "captions.jsonl", "--holdout", 0, "--out", out, *OPTIONS]
-    command = [sys.executable, "-m", "data_recipes.folder", *map(str, words)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    while len(list(out.glob("records/*.json"))) < 2 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = multiprocessing.get_context("fork").Process(target=folder_run, args=(videos, *OPTIONS))
+    process.start()
+    while len(list(out.glob("records/*.json"))) < 2 and process.is_alive():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
     done = sorted(out.glob("records/*.json"))
     assert 2 <= len(done) < 6 and not (out / "audit.json").exists()
     times = {path: os.stat(path).st_mtime_ns for path in (out / f"{p.stem}-000000.tar" for p in done)}
     assert folder_run(videos, *OPTIONS) == 0
     assert all(os.stat(path).st_mtime_ns == time_ns for path, time_ns in times.items())
     assert len(samples(out, "train")) == 12 and all(not check_shard(str(out / name)) for name in digests(out))
-    assert run("folder", videos, *words[2:6], *OPTIONS, "--workers", 2, out=tmp_path / "other") == 0
+    arguments = ("--captions", tmp_path / "captions.jsonl", "--holdout", 0, *OPTIONS, "--workers", 2)
+    assert run("folder", videos, *arguments, out=tmp_path / "other") == 0
     assert digests(tmp_path / "other") == digests(out) and len(digests(out)) == 6
 
 

@@ -53,7 +53,7 @@ class Shards:
     """Tar shards that exist already; the indexes that are missing are made."""
 
     def __init__(self, *, train: Sequence[str] = (), test: Sequence[str] = ()) -> None:
-        """Take paths or URLs, in which {000..123} stands for a range."""
+        """Take paths or URLs, in which {000..123} stands for a range and * for anything."""
         self._shards = {
             "train": [url for pattern in train for url in storage.expand(pattern)],
             "test": [url for pattern in test for url in storage.expand(pattern)],
