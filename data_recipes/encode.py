@@ -23,7 +23,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from data_recipes.sound import has_sound, with_sound, without_sound
-from data_recipes.videos import TRANSCODED
+from data_recipes.videos import RENAMED, TRANSCODED
 from vlp.data.container import container_format, first_video, open_container, read_packets
 from vlp.data.decode import TOLERANCE_S, decode
 from vlp.data.gop import SEEKABLE, UNTIMED
@@ -81,6 +81,7 @@ def stored(data: bytes, extension: str, *, span: tuple[float, float] | None, enc
         ProbeError: the file cannot be used; as `vlp.data.probe.probe`.
         SpanError: no part of the video is inside the span.
     """
+    extension = RENAMED.get(extension, extension)
     if extension in STILLS:
         return _still(data, extension, encoding.short_side)
     facts = None if extension == "gif" else probe(data)

@@ -13,13 +13,16 @@ from typing import Any
 
 from data_recipes.build import main
 from data_recipes.items import Dropped, Item, Recipe
-from data_recipes.videos import TRANSCODED, Videos, extension_of
+from data_recipes.videos import Videos, extension_of
 from vlp.data.caption_table import Clip, match
+from vlp.data.rows import STILLS, VIDEOS
+
+HELD = (*VIDEOS, *STILLS, "txt")  # what a caption table may name, and captions beside a video
 
 
 def read(path: str, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Yield the videos that have captions, and what is lost."""
-    paths = [path for path in Videos(options.videos, texts=True).files if extension_of(path) not in TRANSCODED]
+    paths = [path for path in Videos(options.videos, texts=True).files if extension_of(path) in HELD]
     clips, lost = match(options.videos, paths, path or None)
     order = sorted(clips, key=lambda clip: hashlib.sha256(clip.key.encode()).digest())
     held_out = {clip.key for clip in order[: int(options.holdout * len(clips) + 1e-9)]}

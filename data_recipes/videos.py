@@ -8,8 +8,9 @@ from vlp.data.caption_table import printable
 from vlp.data.rows import STILLS, VIDEOS
 from vlp.types import Reason
 
-TRANSCODED = ("gif", "ts", "m4v", "flv")  # what shards do not hold: becomes mp4, where it can be decoded
-EXTENSIONS = (*VIDEOS, *STILLS, *TRANSCODED)
+RENAMED = {"m4v": "mp4"}  # another name of what shards hold
+TRANSCODED = ("gif", "ts")  # what shards do not hold: is encoded as mp4
+EXTENSIONS = (*VIDEOS, *STILLS, *RENAMED, *TRANSCODED)
 
 
 class File(NamedTuple):

@@ -52,6 +52,22 @@ def test_there_are_seventeen_recipes_and_each_tells_its_format_and_source():
         assert name == "folder" or "Source: " in module.__doc__
 
 
+def test_the_recipe_of_the_documentation_works(place, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text().split("## A recipe of your own")[1]
+    code = "\n".join(line[4:] for line in page.splitlines() if line.startswith("    ") or not line)
+    assert len(code.strip().splitlines()) <= 25
+    monkeypatch.syspath_prepend(str(file(place, "my_corpus.py", code).parent))
+    module = importlib.import_module("my_corpus")
+    table = file(place, "train.jsonl", '{"id": "a", "texts": ["one", "two"], "topic": "x"}\n{"id": "b"}\n')
+    words = ["--videos", str(put(place, "a.m4v")), "--annotations", str(table), "--out", str(place / "out")]
+    assert module.main(module.RECIPE, words) == 0
+    assert metas(place, "train") == {"a": {"captions": ["one", "two"], "topic": "x"}}
+    assert (
+        samples(place / "out", "train")["a"].video == VIDEO and samples(place / "out", "train")["a"].extension == "mp4"
+    )
+    assert dropped(place / "out") == {f"{table} line 2": "annotation_broken"}
+
+
 def test_webvid(place):
     videos = put(place, "008001_008050/1.mp4", "2.mp4")
     table = file(
