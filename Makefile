@@ -17,7 +17,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
-	$(RUN) -m codespell_lib vlp conf scripts docs README.md CHANGELOG.md train.py evaluate.py plan.py
+	$(RUN) -m codespell_lib vlp data_recipes conf scripts docs README.md CHANGELOG.md train.py evaluate.py plan.py
 
 bench: setup
 	$(RUN) scripts/bench/run.py

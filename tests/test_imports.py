@@ -95,6 +95,13 @@ def test_heavy_packages_are_imported_in_their_parts_only(package):
     assert not wrong, "\n".join(wrong)
 
 
+def test_recipes_know_data_only_and_nothing_of_vlp_knows_them():
+    recipes = sorted((ROOT.parent / "data_recipes").glob("*.py"))
+    wrong = [name for path in FILES for _, name in imports(path) if name.split(".")[0] == "data_recipes"]
+    known = {part_of(name) for path in recipes for _, name in imports(path) if name.split(".")[0] == "vlp"}
+    assert not wrong and known <= {"data", "types"}
+
+
 def test_the_table_has_no_circles():
     def reach(part: str, path: tuple[str, ...] = ()) -> None:
         assert part not in path, " <- ".join([*path, part])

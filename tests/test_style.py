@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "vlp").rglob("*.py")) + [path for path in ROOT.glob("*.py")]
+FILES = sorted([*(ROOT / "vlp").rglob("*.py"), *(ROOT / "data_recipes").rglob("*.py")]) + [
+    path for path in ROOT.glob("*.py")
+]
 MAX_FILE, MAX_FUNCTION, MAX_ENTRY, MAX_STEP, MAX_PARAMETERS, MAX_EXPERIMENT = 600, 80, 60, 20, 8, 40
 
 BANNED_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}

@@ -74,7 +74,7 @@ class Shards:
         index_dir: str | None = None,
         headers_only: bool = False,
     ) -> None:
-        """Take paths or URLs, in which {000..123} stands for a range.
+        """Take paths or URLs, in which {000..123} stands for a range and, of files here, * for anything.
 
         Args:
             train, test: the shards of each split.

@@ -1,4 +1,4 @@
-"""Where shards are: `read` and `size` by URL, and numeric brace expansion. Every reader of shards goes through here.
+"""Where shards are: `read` and `size` by URL, and the URLs of a pattern. Every reader of shards goes through here.
 
 Local files are read here, http(s):// and s3:// objects by `vlp.data.remote`; any other scheme is refused.
 """
@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from glob import glob
 from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -160,11 +161,14 @@ def local_path(url: str) -> str:
 
 
 def expand(pattern: str) -> list[str]:
-    """Expand every `{000..123}` of a pattern; leading zeros of the first bound set the width.
+    """Expand every `{000..123}` of a pattern; leading zeros of the first bound set the width. `*` finds local files.
 
     Raises:
-        ValueError: a range runs backwards, or the pattern stands for more than a million URLs (counted, not expanded).
+        ValueError: a range runs backwards, the pattern stands for more than a million URLs (counted, not expanded), or
+            no file matches.
     """
+    if "*" in pattern:
+        return _matching(pattern)
     pieces = _RANGE.split(pattern)  # text, low, high, text, low, high, text
     ranges, count = [], 1
     for low, high in zip(pieces[1::3], pieces[2::3], strict=True):
@@ -179,6 +183,13 @@ def expand(pattern: str) -> list[str]:
     for at, (width, numbers) in enumerate(ranges):
         words.insert(2 * at + 1, [f"{number:0{width}d}" for number in numbers])
     return ["".join(chosen) for chosen in itertools.product(*words)]
+
+
+def _matching(pattern: str) -> list[str]:
+    found = sorted(glob(local_path(pattern)))
+    if not found:
+        raise ValueError(f"{pattern!r} matches no file; give a path that exists, or * where the names differ.")
+    return found
 
 
 @contextmanager
