@@ -155,9 +155,8 @@ def _retrying(url: str, attempt: Callable[[Any, _Opener], Awaitable[_T]], *, ext
         except Exception as error:
             failure = error
         if number == 1 or left_s > RETRY.idle_s or not isinstance(failure, TimeoutError):  # else our own deadline
-            what = _described(
-                failure
-            )  # outside the handler: no traceback shows the library's errors, which hold the URL
+            # Outside the handler: no traceback shows the errors of the library, which hold the URL.
+            what = _described(failure)
         wait_s = _chance.uniform(0.5, 1) * min(RETRY.max_wait_s, RETRY.first_wait_s * 2 ** min(number - 1, 30))
         if time.monotonic() + wait_s >= deadline:
             raise RemoteError(f"{what}; tried {number} times in {time.monotonic() - start_s:.1f} s")
