@@ -8,6 +8,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from vlp import config
 from vlp.training import optim
 from vlp.training.assemble import assemble
 from vlp.training.callbacks import Bar, MetricsLog
-from vlp.training.launch import recipe_of
+from vlp.training.launch import quiet, recipe_of
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import Pretraining
 from vlp.types import Batch
@@ -39,6 +40,7 @@ class StepBatch(NamedTuple):
 
 def main() -> dict[str, Any]:
     """Return the medians in milliseconds a step and their ratio."""
+    quiet()
     cfg = config.load(OVERRIDES)
     batches = [_batch(cfg, seed) for seed in range(NUM_STEPS)]
     ours, by_hand = [], []
@@ -84,7 +86,7 @@ def _framework(cfg: Any, batches: list[Batch]) -> float:
         weights=system.weights,
         graph=system.graph,
         recipe=recipe_of(cfg),
-        loader=lambda start: [StepBatch((batch,), step, 0, 0.0) for step, batch in enumerate(batches)],
+        loader=lambda start: _Steps(batches),
     )
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
         log = MetricsLog(MetricsCsv(Path(directory) / "metrics.csv", after_step=0), every=cfg.trainer.log_every)
@@ -126,8 +128,7 @@ def _hand_written(cfg: Any, batches: list[Batch]) -> float:
 
 
 def _contrastive_loss(model: Any, batch: Batch) -> Tensor:
-    pixels = (batch.frames.permute(0, 1, 4, 2, 3) / 255 - _channel(0.45)) / _channel(0.225)
-    grid = model.connectors(model.video_encoder(pixels, batch.frame_mask, None))
+    grid = model.connectors(model.video_encoder(model.pixels(batch.frames), batch.frame_mask, None))
     video = nn.functional.normalize(model.video_projection(model.video_pool(grid)), dim=-1)
     tokens = model.text_encoder(batch.text_ids, batch.text_mask)
     text = nn.functional.normalize(model.text_projection(model.text_pool(tokens)), dim=-1)
@@ -137,8 +138,17 @@ def _contrastive_loss(model: Any, batch: Batch) -> Tensor:
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
-def _channel(value: float) -> Tensor:
-    return torch.full((3, 1, 1), value)
+class _Steps:
+    """Not a list: Lightning takes a list for several loaders."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return (StepBatch((batch,), step, 0, 0.0) for step, batch in enumerate(self.batches))
 
 
 class _Stamps(pl.Callback):
