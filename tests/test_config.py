@@ -472,3 +472,10 @@ def test_the_shipped_config_of_own_videos_asks_for_them():
         config.load(["data=my_videos"])
     assert error.value.messages == [REQUIRED.format("data.videos")]
     assert os.environ.get("VLP_ALLOW") is None and torch.is_grad_enabled()
+
+
+def test_a_mistake_in_a_part_that_others_refer_to_is_one_line():
+    with pytest.raises(config.ConfigError) as caught:
+        config.load(["+experiment=quickstart", "video.widhts=[3]"])
+    (line,) = caught.value.messages
+    assert line.startswith("video.widhts: ") and "Did you mean 'widths'?" in line

@@ -208,6 +208,8 @@ def check(cfg: DictConfig) -> list[str]:
         return messages or [f"{error.full_key or 'config'}: {_reference_error(str(error)) or _first_line(error)}"]
     messages += [_refuse_resolver(path, text) for path, text in _texts(tree, "") if "${" in text]  # put together
     messages += _section_errors(tree, Root, "")
+    # A part that another node refers to (model.video: ${video}) is found twice; its own place is the one to change.
+    messages = [line for line in messages if not any(line.endswith(f".{other}") for other in messages)]
     return messages or list(_value_errors(tree))
 
 
