@@ -15,13 +15,13 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vlp import config, dist
+from vlp import config, dist, sweep
 from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
 from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
+from vlp.training import checkpoint, cluster, environment, optim, prepare, run_dir, summary, sweep_run
 from vlp.training.assemble import System, assemble, plain
 from vlp.training.callbacks import (
     Bar,
@@ -43,6 +43,8 @@ from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
 def main(overrides: Sequence[str]) -> int:
     """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
     quiet()
+    if sweep.is_asked(overrides):
+        return sweep_run.main(overrides)
     return reported(lambda: train(config.load(overrides)))
 
 
@@ -94,6 +96,7 @@ class Attempt:
     def __init__(self, cfg: DictConfig, system: System, directory: Path, *, first: bool) -> None:
         self.cfg, self.system, self.directory, self.first = cfg, system, directory, first
         self.started = time.monotonic()
+        self.plugins = cluster.plugins(cfg)
         if cfg.trainer.num_threads is not None:
             torch.set_num_threads(cfg.trainer.num_threads)
         run_dir.refuse_other_config(directory, plain(cfg))
@@ -233,7 +236,7 @@ class Attempt:
         if not self.first:
             return
         attempts = self.record.values.get("attempts", 0) + 1
-        self.record.update(**summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts)
+        self.record.update(**summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts, **cluster.facts())
         run_dir.write_json(self.directory / "graph.json", summary.graph(self.system, self.module))
         text = OmegaConf.to_yaml(self.cfg, resolve=True)
         (self.directory / "config.yaml").write_text(text, encoding="utf-8")
@@ -272,6 +275,7 @@ class Attempt:
             max_epochs=1,
             logger=[config.build(node, "logger") for node in self.cfg.logger.values() if node and self.first],
             callbacks=callbacks,
+            plugins=self.plugins,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
