@@ -13,7 +13,9 @@ from fake_run import write_metrics
 from vlp.report.cells import CellFile, SweepFile, write_sweep
 
 WEIGHTS, SEEDS, MAX_STEPS = ("0", "0.5", "1"), (0, 1, 2), 400
-COMMAND = "python train.py -m +experiment=quickstart objective.contrastive.weight=0,0.5,1 run.seed=0,1,2 run.name=weights"
+COMMAND = (
+    "python train.py -m +experiment=quickstart objective.contrastive.weight=0,0.5,1 run.seed=0,1,2 run.name=weights"
+)
 R1 = {"0": (2.0, 2.5, 1.5), "0.5": (80.0, 82.0, 81.5), "1": (85.0, 86.0, 85.5)}  # by seed
 
 

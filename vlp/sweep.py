@@ -98,9 +98,13 @@ def parse(words: Sequence[str]) -> Sweep:
     keys = {short: key for short, key in _short_keys([key for key, _ in axes]).items() if key != SEED}
     cells = _cells(base, axes, file.get("cells"), messages)
     parallel = _parallel(settings.get("sweep.parallel", "1"), messages)
-    name = settings.get("run.name") or file.get("name") or (Path(settings["sweep"]).stem if "sweep" in settings else None)
+    name = (
+        settings.get("run.name") or file.get("name") or (Path(settings["sweep"]).stem if "sweep" in settings else None)
+    )
     if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
-        messages.append(f"run.name: {name!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot).")
+        messages.append(
+            f"run.name: {name!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
+        )
     if messages:
         raise ConfigError(messages)
     return Sweep(
@@ -112,7 +116,9 @@ def parse(words: Sequence[str]) -> Sweep:
         only=settings.get("sweep.only"),
         parallel=parallel,
         launcher=settings.get("hydra/launcher", "local"),
-        launcher_values={k.removeprefix("hydra.launcher."): v for k, v in settings.items() if k.startswith("hydra.launcher.")},
+        launcher_values={
+            k.removeprefix("hydra.launcher."): v for k, v in settings.items() if k.startswith("hydra.launcher.")
+        },
     )
 
 
@@ -123,7 +129,7 @@ def _sort(words: Iterable[str], messages: list[str]) -> _Words:
         if key in ("sweep", "hydra/launcher", "run.name", *_SETTINGS) or key.startswith("hydra.launcher."):
             sorted_words.settings[key] = value.strip("'\"")
             continue
-        if key.lstrip("+~").startswith(("sweep.", "hydra.", "hydra/")) or not equals and not word.startswith("~"):
+        if key.lstrip("+~").startswith(("sweep.", "hydra.", "hydra/")) or (not equals and not word.startswith("~")):
             messages.append(f"{word}: not known here{_near(key, (*_SETTINGS, 'hydra/launcher'))}")
             continue
         try:
@@ -210,7 +216,11 @@ def _cells(
     seeded = bool(axes) and axes[-1][0] == SEED
     cells = tuple(_cell(base, choices, seeded) for choices in itertools.product(*columns))
     names = [cell.name for cell in cells]
-    messages += [f"two cells have the name '{name}'; name one differently." for name in sorted(set(names)) if names.count(name) > 1]
+    messages += [
+        f"two cells have the name '{name}'; name one differently."
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
     return cells
 
 
@@ -231,7 +241,9 @@ def _named(named: Mapping[Any, Any], messages: list[str]) -> list[Choice]:
     choices = []
     for name, overrides in named.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            messages.append(f"cells: {name!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot).")
+            messages.append(
+                f"cells: {name!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
+            )
             continue
         texts = _overrides([] if overrides is None else overrides, f"cells.{name}", messages)
         choices.append(Choice(name, tuple(texts), {"cell": name}))
@@ -272,7 +284,7 @@ def safe(text: str) -> str:
     """Write a value as part of a file name: stable, readable, and different for different values."""
     plain = text.strip("'\"").strip("[]{}").replace(",", "+").replace("/", ".")
     cleaned = _UNSAFE.sub("_", plain).strip("_")
-    altered = cleaned != plain or "+" in text or "." in text and "/" in text
+    altered = cleaned != plain or "+" in text or ("." in text and "/" in text)
     return f"{cleaned[:40]}-{_digest(text)}" if altered or len(cleaned) > 40 or not cleaned else cleaned
 
 

@@ -42,7 +42,13 @@ def text(files: SweepFiles, page: Path | None) -> str:
         lines += fitting(found, chosen, known) + ["", *legend(found)]
     missing = [cell for cell in files.cells if cell.status != DONE]
     if missing:
-        lines += ["", "Not done:", *(_missing(files, cell) for cell in missing), "", "Run what is missing by the same command:"]
+        lines += [
+            "",
+            "Not done:",
+            *(_missing(files, cell) for cell in missing),
+            "",
+            "Run what is missing by the same command:",
+        ]
         lines.append(f"  {files.sweep.command}")
     if page is not None:
         lines += ["", f"Page: {page}"]
@@ -92,7 +98,9 @@ def table(found: Sequence[Group], chosen: Sequence[Metric], known: Mapping[Metri
     widths = [max(_width(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     lines = [heads, ["-" * width for width in widths], *rows]
     left = len(keys) or 1
-    return ["  ".join(_pad(c, w, left=i < left) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in lines]
+    return [
+        "  ".join(_pad(c, w, left=i < left) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in lines
+    ]
 
 
 def shell(word: str) -> str:

@@ -236,7 +236,9 @@ class Attempt:
         if not self.first:
             return
         attempts = self.record.values.get("attempts", 0) + 1
-        self.record.update(**summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts, **cluster.facts())
+        self.record.update(
+            **summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts, **cluster.facts()
+        )
         run_dir.write_json(self.directory / "graph.json", summary.graph(self.system, self.module))
         text = OmegaConf.to_yaml(self.cfg, resolve=True)
         (self.directory / "config.yaml").write_text(text, encoding="utf-8")

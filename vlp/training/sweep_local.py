@@ -119,7 +119,7 @@ def _stop(running: Sequence[Running], *, kill: bool) -> None:
 def _note_exit(directory: Path, one: Running, *, killed: bool) -> None:
     one.log.close()
     code = one.process.returncode
-    if -code in SIGNALS or killed and code == -signal.SIGKILL:
+    if -code in SIGNALS or (killed and code == -signal.SIGKILL):
         code = cells.CAN_CONTINUE  # told to stop before its first step: that is no failure
     (directory / "_logs" / f"{one.job.name}.exit").write_text(f"{code}\n", encoding="utf-8")
 

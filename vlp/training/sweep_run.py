@@ -200,7 +200,6 @@ def _devices(asked: sweep.Sweep, waiting: Sequence[Job]) -> list[list[str]]:
 
 def main(words: Sequence[str]) -> int:
     """Run the sweep and print the mistakes; for `launch.main`."""
-    from vlp.training.exits import reported
 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     return reported(lambda: run(words))

@@ -76,7 +76,9 @@ def launcher(asked: sweep.Sweep, conf: Path = config.CONF) -> Slurm | None:
 
 def _checked(values: Mapping[str, Any], name: str) -> Slurm:
     hints = {field.name: getattr(field.type, "__name__", str(field.type)) for field in dataclasses.fields(Slurm)}
-    messages = [f"hydra.launcher.{key}: unknown key; known: {', '.join(hints)}." for key in values.keys() - hints.keys()]
+    messages = [
+        f"hydra.launcher.{key}: unknown key; known: {', '.join(hints)}." for key in values.keys() - hints.keys()
+    ]
     messages += [f"hydra.launcher.{key}: is missing in launcher '{name}'." for key in hints.keys() - values.keys()]
     for key in hints.keys() & values.keys():
         reason = _refused(values[key], hints[key], least=0 if key == "gpus_per_node" else 1)
@@ -98,7 +100,7 @@ def _refused(value: Any, hint: str, *, least: int) -> str:
         return "" if isinstance(value, bool) else "true or false"
     if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
         return "a number"
-    return "" if value >= least or kind == "float" and value > 0 else f"at least {least}"
+    return "" if value >= least or (kind == "float" and value > 0) else f"at least {least}"
 
 
 def sbatch_command(settings: Slurm, folder: Path, name: str, count: int) -> list[str]:
