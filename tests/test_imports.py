@@ -16,6 +16,7 @@ TABLE = {
     "ops": {"types"},
     "dist": set(),
     "config": set(),
+    "sweep": {"config"},
     "forward": {"types", "ops"},
     "views": {"types", "ops", "dist"},
     "layers": {"types", "ops"},
@@ -34,7 +35,8 @@ TABLE["inference"] = TABLE.keys() - {"__init__", "inference"}
 # Packages from outside that only these parts may import: each is heavy, or opens what the rest must not.
 ONLY_IN = {
     "pytorch_lightning": {"training"},
-    "hydra": {"config"},
+    "lightning_fabric": {"training"},
+    "hydra": {"config", "sweep"},
     "omegaconf": {"config", "training", "inference"},
     "timm": {"encoders"},
     "transformers": {"encoders", "data"},

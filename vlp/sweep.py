@@ -175,7 +175,7 @@ def _read(path: str, messages: list[str]) -> dict[str, Any]:
 def _axes(
     file: Mapping[str, Any], typed: Mapping[str, list[str]], messages: list[str]
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return full key -> its (override, value) pairs; the command line replaces an axis of the file; seeds come last."""
+    """Return each key with its (override, value) pairs; the command line replaces axes of the file, seeds come last."""
     found: dict[str, list[tuple[str, str]]] = {}
     listed = {str(key): values for key, values in file.get("axes", {}).items()}
     if "seeds" in file:
@@ -303,7 +303,7 @@ def _digest(text: str) -> str:
 
 
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Return short key -> key: the last two words of a key, without its section where that says nothing, or all of it."""
+    """Return short key -> key: the last two words of a key, without a section that says nothing; or all of it."""
     short = {}
     for key in keys:
         words = re.split(r"[./]", key)

@@ -150,7 +150,9 @@ def _evaluated(cell: Cell, metric: Metric) -> Points:
     points = {}
     for evaluation in cell.evaluations:
         task = evaluation.tasks.get(metric.task) if evaluation.source == metric.source else None
-        points |= {evaluation.step: row.raw for row in task.rows if row.key == metric.key} if task else {}
+        for row in task.rows if task else ():
+            if row.key == metric.key:
+                points[evaluation.step] = row.raw
     return {step: raw for step, raw in points.items() if raw is not None and np.isfinite(raw)}
 
 

@@ -1,7 +1,7 @@
 """The cells of a sweep as groups of seeds: mean, interval, and difference to the base.
 
-Intervals are 95 % t-intervals over seeds. Differences to the base are paired by seed, because runs with the same seed see
-the same order of samples: the interval is that of the mean of the differences, seed by seed.
+Intervals are 95 % t-intervals over seeds. Differences to the base are paired by seed, because runs with the same seed
+see the same order of samples: the interval is that of the mean of the differences, seed by seed.
 """
 
 import math

@@ -39,7 +39,7 @@ def text(files: SweepFiles, page: Path | None) -> str:
     lines = ["", f"Sweep '{files.sweep.name}': {words.plural(len(files.cells), 'cell')}, {counts}.", ""]
     chosen = sweep_stats.headlines(known)
     if chosen:
-        lines += fitting(found, chosen, known) + ["", *legend(found)]
+        lines += [*fitting(found, chosen, known), "", *legend(found)]
     missing = [cell for cell in files.cells if cell.status != DONE]
     if missing:
         lines += [
@@ -75,11 +75,11 @@ def legend(found: Sequence[Group], where: str = "In brackets") -> list[str]:
 
 def fitting(found: Sequence[Group], chosen: Sequence[Metric], known: Mapping[Metric, Row]) -> list[str]:
     """Return the table with as many of the chosen metrics as the screen is wide, at least one."""
-    columns = shutil.get_terminal_size((160, 40)).columns
-    for number in range(len(chosen), 0, -1):
+    columns, number = shutil.get_terminal_size((160, 40)).columns, len(chosen)
+    lines = table(found, chosen, known)
+    while number > 1 and max(map(_width, lines)) > columns:
+        number -= 1
         lines = table(found, chosen[:number], known)
-        if number == 1 or max(map(_width, lines)) <= columns:
-            break
     left_out = [_title(known[metric]) for metric in chosen[number:]]
     return lines + ([f"Not shown for want of room: {', '.join(left_out)}."] if left_out else [])
 

@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 from omegaconf import DictConfig
-from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
 from vlp.config import ConfigError
 

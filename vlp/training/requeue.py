@@ -1,4 +1,4 @@
-"""Whether a job whose ranks lost each other (exit 80) is to be queued again: `python -m vlp.training.requeue OVERRIDES`.
+"""Whether a job whose ranks lost each other (exit 80) is queued again: `python -m vlp.training.requeue OVERRIDES`.
 
 The batch scripts ask here; exit code 0 means yes. A network that failed once is worth another attempt. A run that fails
 again and again at the same step is not: it stops, and says why.

@@ -125,7 +125,7 @@ def _note_exit(directory: Path, one: Running, *, killed: bool) -> None:
 
 
 class Screen:
-    """One line for each cell that starts or ends, and on a terminal a last line that says how far the running ones are."""
+    """One line for each cell that starts or ends; on a terminal also one that says how far the running ones are."""
 
     def __init__(self, total: int, directory: Path) -> None:
         self.total, self.directory = total, directory
