@@ -34,6 +34,8 @@ SEED = "run.seed"
 MAX_CELLS = 1000  # more than this is a mistake in a range
 _FILE_KEYS = ("name", "base", "axes", "cells", "seeds", "baseline")
 _SETTINGS = ("sweep.parallel", "sweep.baseline", "sweep.only")
+_LAUNCHER = "hydra.launcher."
+_NAMES = "use letters, digits and ._=,+- (at most 128, not first a dot)."
 _KEY = re.compile(r"(?:\+|\+\+)?[A-Za-z_][\w./@-]*")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 
@@ -98,13 +100,9 @@ def parse(words: Sequence[str]) -> Sweep:
     keys = {short: key for short, key in _short_keys([key for key, _ in axes]).items() if key != SEED}
     cells = _cells(base, axes, file.get("cells"), messages)
     parallel = _parallel(settings.get("sweep.parallel", "1"), messages)
-    name = (
-        settings.get("run.name") or file.get("name") or (Path(settings["sweep"]).stem if "sweep" in settings else None)
-    )
-    if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
-        messages.append(
-            f"run.name: {name!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
-        )
+    name = settings.get("run.name") or file.get("name") or Path(settings.get("sweep", "")).stem or None
+    if name is not None and not NAME.fullmatch(name):
+        messages.append(f"run.name: {name!r} is no name; {_NAMES}")
     if messages:
         raise ConfigError(messages)
     return Sweep(
@@ -117,7 +115,7 @@ def parse(words: Sequence[str]) -> Sweep:
         parallel=parallel,
         launcher=settings.get("hydra/launcher", "local"),
         launcher_values={
-            k.removeprefix("hydra.launcher."): v for k, v in settings.items() if k.startswith("hydra.launcher.")
+            key.removeprefix(_LAUNCHER): value for key, value in settings.items() if key.startswith(_LAUNCHER)
         },
     )
 
@@ -126,7 +124,7 @@ def _sort(words: Iterable[str], messages: list[str]) -> _Words:
     sorted_words, parser = _Words([], {}, {}), OverridesParser.create()
     for word in words:
         key, equals, value = word.partition("=")
-        if key in ("sweep", "hydra/launcher", "run.name", *_SETTINGS) or key.startswith("hydra.launcher."):
+        if key in ("sweep", "hydra/launcher", "run.name", *_SETTINGS) or key.startswith(_LAUNCHER):
             sorted_words.settings[key] = value.strip("'\"")
             continue
         if key.lstrip("+~").startswith(("sweep.", "hydra.", "hydra/")) or (not equals and not word.startswith("~")):

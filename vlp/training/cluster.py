@@ -3,9 +3,9 @@
 import os
 from typing import Any
 
-from omegaconf import DictConfig
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from omegaconf import DictConfig
 
 from vlp.config import ConfigError
 
