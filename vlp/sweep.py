@@ -239,9 +239,7 @@ def _named(named: Mapping[Any, Any], messages: list[str]) -> list[Choice]:
     choices = []
     for name, overrides in named.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            messages.append(
-                f"cells: {name!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
-            )
+            messages.append(f"cells: {name!r} is no name; {_NAMES}")
             continue
         texts = _overrides([] if overrides is None else overrides, f"cells.{name}", messages)
         choices.append(Choice(name, tuple(texts), {"cell": name}))
