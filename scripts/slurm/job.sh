@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What run.sbatch and array.sbatch share: where the ranks meet, srun, and what an exit code asks for.
 root=${VLP_ROOT:-$PWD}
 
