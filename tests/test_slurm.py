@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def slurm(tmp_path_factory) -> Iterator[slurm_cluster.Cluster]:
         yield found
 
 
+@contextmanager
+def started(*words: str, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """A process that does not outlive its test."""
+    line = [sys.executable, *words]
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def record(directory: Path) -> dict:
     path = directory / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -54,23 +67,22 @@ def same_weights(place: Path, name: str, other: str, step: int) -> bool:
 @pytest.mark.slow
 @needs_slurm
 def test_sweep_with_a_preemption_in_the_middle_loses_and_repeats_nothing(slurm, place):
-    more = (*SHORT, "trainer.max_steps=300", "logger=[tensorboard]")
+    more = (*SHORT, "trainer.max_steps=80", "data.batch_size=16", "logger=[tensorboard]")
     words = [*overrides(place, "sweep", *more), "-m", "run.seed=0,1,2", "hydra/launcher=slurm"]
     words += ["hydra.launcher.partition=low", "hydra.launcher.array_parallelism=1", "hydra.launcher.poll_s=0.5"]
     directory = place / "runs" / "sweep"
     names = [f"seed={seed}" for seed in (0, 1, 2)]
-    line = [sys.executable, "train.py", *words]
-    process = subprocess.Popen(line, cwd=ROOT, env=slurm.environment, stdout=subprocess.PIPE, text=True)
-    slurm.wait(lambda: step_of(directory / names[0]) >= 2)
-    slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    said, _ = process.communicate(timeout=400)
+    with started("train.py", *words, environment=slurm.environment) as process:
+        slurm.wait(lambda: step_of(directory / names[0]) >= 2)
+        slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+        said, _ = process.communicate(timeout=600)
     assert process.returncode == Exit.DONE and "3 done" in said, said
     assert [record(directory / name)["slurm"]["restarts"] for name in names] == [1, 0, 0]
-    assert all(steps(directory / name) == list(range(1, 301)) for name in names)
+    assert all(steps(directory / name) == list(range(1, 81)) for name in names)
     assert (directory / "report.html").exists()
     assert len(list((directory / "seed=0" / "tensorboard").glob("events.*"))) == 2  # of one tracker run
     assert train(place, "unbroken", *more, "run.seed=0") == Exit.DONE
-    assert same_weights(place, "unbroken", "sweep/seed=0", 300)
+    assert same_weights(place, "unbroken", "sweep/seed=0", 80)
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ def legend(found: Sequence[Group], where: str = "In brackets") -> list[str]:
     lines = []
     if any(score.value.half is not None for group in found for score in group.scores.values()):
         lines.append(f"{PLUS_MINUS} is the 95 % t-interval over seeds.")
+    elif found:
+        lines.append("One seed each, so no interval: run more before you believe a small difference.")
     if base is not None and len(found) > 1:
         paired = any(s.difference and s.difference.half is not None for g in found for s in g.scores.values())
         lines.append(f"{where}: the difference to '{base}'" + (", paired by seed." if paired else "."))
