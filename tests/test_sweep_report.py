@@ -130,6 +130,6 @@ def test_page_is_drawn_by_a_browser(full, tmp_path):
     shot = tmp_path / "page.png"
     subprocess.run([CHROMIUM, *flags, f"--screenshot={shot}", page], capture_output=True, timeout=120, check=True)
     pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3).astype(int)
-    for hue in (217, 24, 152):  # of the three groups, in dots, lines and legends
+    for hue in (217, 38, 152):  # of the three groups, in dots, lines and legends
         colour = 255 * np.array(colorsys.hls_to_rgb(hue / 360, 0.5, 0.62))
         assert (abs(pixels - colour).max(1) < 3).sum() > 500, hue

@@ -15,7 +15,7 @@ from vlp.report.sweep_stats import Group
 SIZE = (520.0, 200.0)
 DOTS_WIDTH, LABELS, ROW_HEIGHT, DOTS_TOP, DOTS_BOTTOM = 520.0, 168.0, 26.0, 8.0, 26.0
 LABEL_CHARS = 25
-HUES = (217, 24, 152, 292, 48, 190, 340, 90, 262, 12)  # far apart in this order
+HUES = (217, 38, 152, 292, 48, 190, 340, 90, 262, 12)  # far apart in this order
 MAX_COLOURED = len(HUES)
 
 
