@@ -20,7 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlp.forward import quantity
-from vlp.types import Fused, Grid, Tokens
+from vlp.fusion.joint_post import JointPostFusion
+from vlp.types import AttentionMass, Fused, Grid, Tokens
 
 
 class VideoText(nn.Module):
@@ -121,6 +122,11 @@ class VideoText(nn.Module):
         return fused.video
 
     @quantity
+    def attention_mass(self, video: Grid, text: Tokens) -> AttentionMass:
+        """Return where the attention of the fusion goes."""
+        return self.fusion(video, text, True)
+
+    @quantity
     def caption_logits(self, video: Grid, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Return next-token logits [B, L, V] of the caption decoder under teacher forcing."""
         return self.decoder(video, text_ids, text_mask)
@@ -143,6 +149,10 @@ class VideoText(nn.Module):
                 what = f"connector.{name}.in_dim: {stage.in_dim}"
                 messages.append(f"{what} does not fit what it is given; set it to {before}.")
             before = _width(stage)
+        if "attention_mass" in quantities and not isinstance(self.fusion, JointPostFusion):
+            messages.append(
+                "fusion: this fusion does not tell where its attention goes, which a view reads; choose joint_post."
+            )
         if "fused_video" in quantities and not self.fusion.updates_video:
             messages.append(
                 "fusion: this fusion gives no video side, which an objective takes as 'fused_video'; "
