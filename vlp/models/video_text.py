@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vlp.forward import quantity
 from vlp.fusion.joint_post import JointPostFusion
+from vlp.layers.grid import prefix_mask
 from vlp.types import AttentionMass, Fused, Grid, Tokens
 
 
@@ -34,9 +35,11 @@ class VideoText(nn.Module):
         embed_dim: width of the shared space.
         temperature: see vlp.layers.temperature.
         fusion: (Grid, Tokens) -> Fused, or null. decoder: (Grid, text_ids, text_mask) -> logits, or null.
+        late_pool: projected class tokens of frames [B, P, E], mask [B, P] bool -> [B, E]; replaces `video_pool`.
         mean, std: of the pixels, in [0, 1], per channel.
     """
 
+    late_pool: Any
     fusion: Any  # a module, or None; the graph refuses quantities of a part that is left out
     decoder: Any
     pixel_scale: Tensor
@@ -54,6 +57,7 @@ class VideoText(nn.Module):
         connectors: Mapping[str, nn.Module | None] | None = None,
         fusion: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        late_pool: nn.Module | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -66,7 +70,7 @@ class VideoText(nn.Module):
         self.video_projection = nn.Linear(self.video_dim, embed_dim, bias=False)
         self.text_projection = nn.Linear(_width(text), embed_dim, bias=False)
         self.temperature = temperature
-        self.fusion, self.decoder = fusion, decoder
+        self.fusion, self.decoder, self.late_pool = fusion, decoder, late_pool
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
         self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
 
@@ -91,9 +95,29 @@ class VideoText(nn.Module):
         return self.text_encoder(text_ids, text_mask)
 
     @quantity
+    def more_text(self, more_ids: Tensor, more_mask: Tensor) -> Tokens:
+        """Encode the other texts of the clips as [B*K, L, D]."""
+        ids, mask = (rearrange(x, "b k l -> (b k) l") for x in (more_ids, more_mask))
+        return self.text_encoder(ids, mask)
+
+    @quantity
+    def texts_embed(self, text_embed: Tensor, more_text: Tokens) -> Tensor:
+        """Return unit vectors [B, 1 + K, E] of all texts of a clip, that of the batch first."""
+        more = F.normalize(self.text_projection(self.text_pool(more_text)), dim=-1)
+        return torch.cat([text_embed[:, None], rearrange(more, "(b k) e -> b k e", b=len(text_embed))], dim=1)
+
+    @quantity
+    def text_there(self, text_mask: Tensor, more_mask: Tensor) -> Tensor:
+        """Return [B, 1 + K] bool: which of the texts of `texts_embed` exist."""
+        return torch.cat([text_mask.any(1, keepdim=True), more_mask.any(2)], dim=1)
+
+    @quantity
     def video_embed(self, video: Grid) -> Tensor:
-        """Return unit vectors [B, E]."""
-        return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
+        """Return unit vectors [B, E]: of what `video_pool` gives, or `late_pool` of the projected class tokens."""
+        if self.late_pool is None:
+            return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
+        frames = self.video_projection(video.prefix)  # [B, P, E]
+        return F.normalize(self.late_pool(frames, prefix_mask(video)), dim=-1)
 
     @quantity
     def text_embed(self, text: Tokens) -> Tensor:
