@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from fixed_weights import wave
 
 from vlp.layers.medoids import KeyFramePool, k_medoids
+from vlp.types import Grid
 
 ALL = torch.ones(1, 9, dtype=torch.bool)
+
+
+def pooled(x: torch.Tensor, mask: torch.Tensor, **options) -> torch.Tensor:
+    return KeyFramePool(**options)(Grid(x.new_zeros(*x.shape[:2], 1, 1, x.shape[2]), mask, x))
 
 
 def test_choices_are_those_of_the_published_function():
@@ -52,11 +57,11 @@ def test_pool_is_the_mean_of_unit_vectors_of_the_key_frames():
     torch.manual_seed(3)
     x = torch.randn(1, 9, 3, requires_grad=True)
     places = k_medoids(x, ALL, 4)[0][0]
-    pooled = KeyFramePool(num_key_frames=4)(x, ALL)
-    torch.testing.assert_close(pooled, F.normalize(x[:, places], dim=-1).mean(1))
-    pooled.square().sum().backward()
+    mean = pooled(x, ALL, num_key_frames=4)
+    torch.testing.assert_close(mean, F.normalize(x[:, places], dim=-1).mean(1))
+    mean.square().sum().backward()
     assert set(x.grad[0].any(1).nonzero()[:, 0].tolist()) == set(places.tolist())
-    largest = KeyFramePool(num_key_frames=4, largest=True)(x, ALL)
+    largest = pooled(x, ALL, num_key_frames=4, largest=True)
     torch.testing.assert_close(largest, F.normalize(x[:, places], dim=-1).amax(1))
 
 
@@ -66,7 +71,7 @@ def test_fewer_real_frames_than_key_frames_are_all_taken(num_real, largest):
     x, mask = torch.randn(1, 9, 3), torch.arange(9)[None] < num_real
     real = F.normalize(x[:, :num_real], dim=-1)
     expected = real.amax(1) if largest else real.mean(1)
-    torch.testing.assert_close(KeyFramePool(num_key_frames=5, largest=largest)(x, mask), expected)
+    torch.testing.assert_close(pooled(x, mask, num_key_frames=5, largest=largest), expected)
 
 
 def test_no_key_frame_is_refused():

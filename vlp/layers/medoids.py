@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlp.layers.grid import prefix_mask
+from vlp.types import Grid
+
 
 @torch.no_grad()
 def k_medoids(x: Tensor, mask: Tensor, num_medoids: int, *, max_rounds: int = 100) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,7 @@ def k_medoids(x: Tensor, mask: Tensor, num_medoids: int, *, max_rounds: int = 10
 
 
 class KeyFramePool(nn.Module):
-    """The mean of the key frames' unit vectors, or the largest of each number.
+    """The mean of the unit vectors of the key frames' class tokens, or the largest of each number.
 
     Args:
         num_key_frames: K. largest: take the maximum in place of the mean.
@@ -48,8 +51,9 @@ class KeyFramePool(nn.Module):
             raise ValueError(f"num_key_frames={num_key_frames} must be at least 1.")
         self.num_key_frames, self.largest = num_key_frames, largest
 
-    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Map embeddings of frames [B, N, E] under mask [B, N] bool, True = real, to [B, E]."""
+    def forward(self, video: Grid) -> Tensor:
+        """Map a grid with one class token a frame, prefix [B, T, E], to [B, E]."""
+        frames, mask = video.prefix, prefix_mask(video)
         places, there = k_medoids(frames.detach(), mask, min(self.num_key_frames, frames.shape[1]))
         chosen = F.normalize(frames.take_along_dim(places[..., None], dim=1), dim=-1)  # [B, K, E]
         if self.largest:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from vlp.forward import quantity
 from vlp.fusion.joint_post import JointPostFusion
-from vlp.layers.grid import prefix_mask
 from vlp.types import AttentionMass, Fused, Grid, Tokens
 
 
@@ -35,11 +34,10 @@ class VideoText(nn.Module):
         embed_dim: width of the shared space.
         temperature: see vlp.layers.temperature.
         fusion: (Grid, Tokens) -> Fused, or null. decoder: (Grid, text_ids, text_mask) -> logits, or null.
-        late_pool: projected class tokens of frames [B, P, E], mask [B, P] bool -> [B, E]; replaces `video_pool`.
+        project_video: false where a connector projects already, so that frames are pooled in the shared space.
         mean, std: of the pixels, in [0, 1], per channel.
     """
 
-    late_pool: Any
     fusion: Any  # a module, or None; the graph refuses quantities of a part that is left out
     decoder: Any
     pixel_scale: Tensor
@@ -57,7 +55,7 @@ class VideoText(nn.Module):
         connectors: Mapping[str, nn.Module | None] | None = None,
         fusion: nn.Module | None = None,
         decoder: nn.Module | None = None,
-        late_pool: nn.Module | None = None,
+        project_video: bool = True,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -67,10 +65,11 @@ class VideoText(nn.Module):
         self.connectors = nn.Sequential(OrderedDict(kept))
         self.video_dim: int = _width([video, *self.connectors][-1])
         self.video_pool, self.text_pool = video_pool, text_pool
-        self.video_projection = nn.Linear(self.video_dim, embed_dim, bias=False)
+        self.embed_dim = embed_dim
+        self.video_projection = nn.Linear(self.video_dim, embed_dim, bias=False) if project_video else nn.Identity()
         self.text_projection = nn.Linear(_width(text), embed_dim, bias=False)
         self.temperature = temperature
-        self.fusion, self.decoder, self.late_pool = fusion, decoder, late_pool
+        self.fusion, self.decoder = fusion, decoder
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
         self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
 
@@ -113,11 +112,8 @@ class VideoText(nn.Module):
 
     @quantity
     def video_embed(self, video: Grid) -> Tensor:
-        """Return unit vectors [B, E]: of what `video_pool` gives, or `late_pool` of the projected class tokens."""
-        if self.late_pool is None:
-            return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
-        frames = self.video_projection(video.prefix)  # [B, P, E]
-        return F.normalize(self.late_pool(frames, prefix_mask(video)), dim=-1)
+        """Return unit vectors [B, E]."""
+        return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
 
     @quantity
     def text_embed(self, text: Tokens) -> Tensor:
@@ -167,6 +163,10 @@ class VideoText(nn.Module):
             for side, width in widths.items()
             if module is not None and getattr(module, f"{side}_dim", width) != width
         ]
+        if "video_embed" in quantities and isinstance(self.video_projection, nn.Identity):
+            if self.video_dim != self.embed_dim:
+                what = f"model.embed_dim: {self.embed_dim} is not the width of the video, which nothing projects"
+                messages.append(f"{what}; set it to {self.video_dim}, or model.project_video=true.")
         before = _width(self.video_encoder)
         for name, stage in self.connectors.named_children():
             if stage.in_dim != before:
