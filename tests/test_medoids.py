@@ -14,7 +14,7 @@ ALL = torch.ones(1, 9, dtype=torch.bool)
 
 
 def pooled(x: torch.Tensor, mask: torch.Tensor, **options) -> torch.Tensor:
-    return KeyFramePool(**options)(Grid(x.new_zeros(*x.shape[:2], 1, 1, x.shape[2]), mask, x))
+    return KeyFramePool(dim=x.shape[2], **options)(Grid(x.new_zeros(*x.shape[:2], 1, 1, x.shape[2]), mask, x))
 
 
 def test_choices_are_those_of_the_published_function():
@@ -76,4 +76,4 @@ def test_fewer_real_frames_than_key_frames_are_all_taken(num_real, largest):
 
 def test_no_key_frame_is_refused():
     with pytest.raises(ValueError, match="num_key_frames=0 must be at least 1"):
-        KeyFramePool(num_key_frames=0)
+        KeyFramePool(dim=3, num_key_frames=0)

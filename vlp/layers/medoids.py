@@ -42,11 +42,12 @@ class KeyFramePool(nn.Module):
     """The mean of the unit vectors of the key frames' class tokens, or the largest of each number.
 
     Args:
-        num_key_frames: K. largest: take the maximum in place of the mean.
+        dim: E. num_key_frames: K. largest: take the maximum in place of the mean.
     """
 
-    def __init__(self, *, num_key_frames: int = 16, largest: bool = False) -> None:
+    def __init__(self, *, dim: int, num_key_frames: int = 16, largest: bool = False) -> None:
         super().__init__()
+        self.dim = dim
         if num_key_frames < 1:
             raise ValueError(f"num_key_frames={num_key_frames} must be at least 1.")
         self.num_key_frames, self.largest = num_key_frames, largest

@@ -34,6 +34,7 @@ class VideoText(nn.Module):
         embed_dim: width of the shared space.
         temperature: see vlp.layers.temperature.
         fusion: (Grid, Tokens) -> Fused, or null. decoder: (Grid, text_ids, text_mask) -> logits, or null.
+        projection_bias: of both projections.
         project_video: false where a connector projects already, so that frames are pooled in the shared space.
         mean, std: of the pixels, in [0, 1], per channel.
     """
@@ -56,6 +57,7 @@ class VideoText(nn.Module):
         fusion: nn.Module | None = None,
         decoder: nn.Module | None = None,
         project_video: bool = True,
+        projection_bias: bool = False,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -66,8 +68,9 @@ class VideoText(nn.Module):
         self.video_dim: int = _width([video, *self.connectors][-1])
         self.video_pool, self.text_pool = video_pool, text_pool
         self.embed_dim = embed_dim
-        self.video_projection = nn.Linear(self.video_dim, embed_dim, bias=False) if project_video else nn.Identity()
-        self.text_projection = nn.Linear(_width(text), embed_dim, bias=False)
+        projection = nn.Linear(self.video_dim, embed_dim, bias=projection_bias)
+        self.video_projection = projection if project_video else nn.Identity()
+        self.text_projection = nn.Linear(_width(text), embed_dim, bias=projection_bias)
         self.temperature = temperature
         self.fusion, self.decoder = fusion, decoder
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
@@ -109,6 +112,16 @@ class VideoText(nn.Module):
     def text_there(self, text_mask: Tensor, more_mask: Tensor) -> Tensor:
         """Return [B, 1 + K] bool: which of the texts of `texts_embed` exist."""
         return torch.cat([text_mask.any(1, keepdim=True), more_mask.any(2)], dim=1)
+
+    @quantity
+    def second_embed(self, texts_embed: Tensor) -> Tensor:
+        """Return unit vectors [B, E] of the second text of each clip, such as what is said."""
+        return texts_embed[:, 1]
+
+    @quantity
+    def second_valid(self, text_there: Tensor, valid: Tensor) -> Tensor:
+        """Return [B] bool: is there a second text of a real clip?"""
+        return valid & text_there[:, 1]
 
     @quantity
     def video_embed(self, video: Grid) -> Tensor:
@@ -163,10 +176,10 @@ class VideoText(nn.Module):
             for side, width in widths.items()
             if module is not None and getattr(module, f"{side}_dim", width) != width
         ]
-        if "video_embed" in quantities and isinstance(self.video_projection, nn.Identity):
-            if self.video_dim != self.embed_dim:
-                what = f"model.embed_dim: {self.embed_dim} is not the width of the video, which nothing projects"
-                messages.append(f"{what}; set it to {self.video_dim}, or model.project_video=true.")
+        unprojected = isinstance(self.video_projection, nn.Identity) and self.video_dim != self.embed_dim
+        if "video_embed" in quantities and unprojected:
+            what = f"model.embed_dim: {self.embed_dim} is not the width of the video, which nothing projects"
+            messages.append(f"{what}; set it to {self.video_dim}, or model.project_video=true.")
         before = _width(self.video_encoder)
         for name, stage in self.connectors.named_children():
             if stage.in_dim != before:
