@@ -6,6 +6,7 @@ Axes: B clips, T frames, H W cells, D width.
 import torch
 from torch import Tensor, nn
 
+from vlp.layers.block import match_width
 from vlp.layers.position import LearnedPositions, SpacePositions
 from vlp.types import Grid
 
@@ -14,12 +15,13 @@ class FrameTokens(nn.Module):
     """A class token in front of each frame, tables of space and time, and a norm. Source: arXiv:2111.12681, 3.1.
 
     Args:
-        dim: width. num_frames: rows of the table of times. size: pixels a side of a frame. patch_size: of a cell.
+        in_dim: width of what comes in; projected where it is not `dim`. num_frames: rows of the table of times. size: pixels a side of a frame. patch_size: of a cell.
     """
 
-    def __init__(self, *, dim: int, num_frames: int, size: int, patch_size: int) -> None:
+    def __init__(self, *, in_dim: int, dim: int, num_frames: int, size: int, patch_size: int) -> None:
         super().__init__()
-        self.in_dim = self.dim = dim
+        self.in_dim, self.dim = in_dim, dim
+        self.project = match_width(in_dim, dim)
         side = size // patch_size
         self.class_token = ClassToken(dim=dim)
         self.places = SpacePositions(height=side, width=side, dim=dim)
@@ -27,9 +29,10 @@ class FrameTokens(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, grid: Grid) -> Grid:
-        """Map a grid [B, T, H, W, D] to the same with a prefix [B, T, D]; a prefix that it had is dropped."""
-        cells = self.norm(self.times(self.places(grid.x)))
-        prefix = self.norm(self.times(self.class_token(grid.x[:, :, 0, 0])))
+        """Map a grid of width `in_dim` to one of width D with a prefix [B, T, D]; a prefix that it had is dropped."""
+        x = self.project(grid.x)
+        cells = self.norm(self.times(self.places(x)))
+        prefix = self.norm(self.times(self.class_token(x[:, :, 0, 0])))
         return Grid(cells, grid.mask, prefix)
 
 

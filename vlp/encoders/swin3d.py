@@ -202,15 +202,16 @@ class WindowAttention(nn.Module):
 
 
 _SPLIT = "b (gt t) (gh h) (gw w) d -> (b gt gh gw) (t h w) d"
+_AXES = ("t", "h", "w")
 _JOIN = "(b gt gh gw) (t h w) d -> b (gt t) (gh h) (gw w) d"
 
 
 def _sizes(window: Triple) -> dict[str, int]:
-    return dict(zip("thw", window, strict=True))
+    return dict(zip(_AXES, window, strict=True))
 
 
 def _counts(padded: Sequence[int], window: Triple) -> dict[str, int]:
-    return {f"g{axis}": n // size for axis, n, size in zip("thw", padded, window, strict=True)}
+    return {f"g{axis}": n // size for axis, n, size in zip(_AXES, padded, window, strict=True)}
 
 
 def _fitted(shape: Sequence[int], window: Triple, *, shifted: bool) -> tuple[Triple, Triple]:
