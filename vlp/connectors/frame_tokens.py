@@ -15,7 +15,8 @@ class FrameTokens(nn.Module):
     """A class token in front of each frame, tables of space and time, and a norm. Source: arXiv:2111.12681, 3.1.
 
     Args:
-        in_dim: width of what comes in; projected where it is not `dim`. num_frames: rows of the table of times. size: pixels a side of a frame. patch_size: of a cell.
+        in_dim: width of what comes in; projected where it is not `dim`. num_frames: rows of the table of times.
+        size: pixels a side of a frame. patch_size: of a cell.
     """
 
     def __init__(self, *, in_dim: int, dim: int, num_frames: int, size: int, patch_size: int) -> None:
