@@ -159,7 +159,7 @@ def last_line(log: Path) -> str:
         return ""
     lines = [line.rpartition("\r")[2].strip() for line in text.splitlines()]
     noise = ("train:", "job ", "srun: ", "slurmstepd", "exit code ", "Report: ")
-    said = [line for line in lines if line and not line.startswith(noise)]
+    said = [line for line in lines if line and not line.startswith(noise) and ". Run directory: " not in line]
     return said[-1][:MAX_DETAIL] if said else ""
 
 

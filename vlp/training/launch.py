@@ -51,7 +51,7 @@ def main(overrides: Sequence[str]) -> int:
 def quiet() -> None:
     """Keep the greetings and tips of libraries off the screen; their errors still show."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
 def train(cfg: DictConfig) -> int:
