@@ -26,8 +26,9 @@ def measured_peak(cfg: DictConfig, num_clips: int) -> int:
     parameters = [p for root in (system.model, *system.objectives.values()) for p in root.parameters()]
 
     def step() -> None:
-        forward = ForwardPass(system.model.train(), batch, system.graph)
-        terms = {n: system.objectives[n](*forward.roles(wiring)) for n, wiring in system.wirings.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+            forward = ForwardPass(system.model.train(), batch, system.graph)
+            terms = {n: system.objectives[n](*forward.roles(wiring)) for n, wiring in system.wirings.items()}
         combine(terms, system.weights, {n: t.count.float() for n, t in terms.items()}).loss.backward()
 
     step()

@@ -30,12 +30,13 @@ TABLE = {
 }
 TABLE["training"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["inference"] = TABLE.keys() - {"__init__", "inference"}
+TABLE["planning"] = {"types", "config", "layers", "forward", "objectives", "training"}
 
 # Packages from outside that only these parts may import: each is heavy, or opens what the rest must not.
 ONLY_IN = {
     "pytorch_lightning": {"training"},
     "hydra": {"config"},
-    "omegaconf": {"config", "training", "inference"},
+    "omegaconf": {"config", "training", "inference", "planning"},
     "timm": {"encoders"},
     "transformers": {"encoders", "data"},
     "av": {"data", "eval", "report", "training"},

@@ -146,6 +146,27 @@ class Paths:
 
 
 @dataclasses.dataclass
+class Cluster:
+    """What plan.py assumes of machines, data and failures; training reads none of it."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: str  # a file of conf/gpu/
+    cores_per_node: int
+    utilisation: float  # share of the card's dense rate that a step reaches
+    network_gb_s: float | None  # between nodes, a GPU; null takes what is usual for the card
+    reserved_gib: float  # of a card's memory, for what is not counted
+    num_clips: int
+    epochs: float | None  # null takes trainer.max_steps
+    stored_as: str  # one of storage_kinds
+    storage_kinds: dict[str, dict[str, float]]  # name -> decode_ms, megabytes of a clip
+    gpu_mtbf_hours: float  # hours of one GPU between two failures
+    save_stall_s: float
+    save_write_s: float
+    restart_s: float
+
+
+@dataclasses.dataclass
 class Root:
     """Every section of a config; `experiment` and `scale` files only override these."""
 
@@ -164,6 +185,7 @@ class Root:
     schedule: Node
     eval: Eval
     paths: Paths
+    cluster: Cluster
     view: Annotated[dict[str, Any], Parts()]
     objective: Annotated[dict[str, Any], Parts({"weight", "inputs"})]
     logger: Annotated[dict[str, Any], Parts()]
@@ -536,11 +558,18 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
         *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards", "bucket_steps")),
         *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length"),
         *("eval.every", "eval.batch_size"),
+        *(f"cluster.{key}" for key in ("nodes", "gpus_per_node", "cores_per_node", "num_clips")),
     ),
-    ("0 or more", lambda value: value >= 0): ("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
-    ("above 0", lambda value: value > 0): ("optim.lr", "optim.eps", "trainer.clip_grad_norm"),
+    ("0 or more", lambda value: value >= 0): (
+        *("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
+        *(f"cluster.{key}" for key in ("reserved_gib", "save_stall_s", "save_write_s", "restart_s")),
+    ),
+    ("above 0", lambda value: value > 0): (
+        *("optim.lr", "optim.eps", "trainer.clip_grad_norm"),
+        *("cluster.network_gb_s", "cluster.epochs", "cluster.gpu_mtbf_hours"),
+    ),
     ("between 0 and 1", lambda value: 0 <= value <= 1): ("trainer.bad_sample_budget", "data.holdout"),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay", "cluster.utilisation"),
     ("above 0 and below 1", lambda value: 0 < value < 1): ("optim.ema_decay",),
 }
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")

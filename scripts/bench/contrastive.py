@@ -1,7 +1,7 @@
 """P8: softmax contrast of G pairs of width 512, forward and backward, against open_clip's form and its local loss.
 
-open_clip's form makes both G x G matrices; its local loss is one rank's share of eight. Seconds are the best of the turns;
-peak memory is what was allocated above the embeddings themselves, the embeddings' gradients among it.
+open_clip's form makes both G x G matrices; its local loss is one rank's share of eight. Seconds are the best of the
+turns. Peak memory is what was allocated above the embeddings themselves, their gradients among it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""How much of the wall time is progress, at a rate of failures: when to save, and what saving, failing and restarting cost.
+"""How much of the wall time is progress at a rate of failures: what saving, failing and restarting cost.
 
 A failure loses the work since the last checkpoint that was written to its end; failures come at random, independent of
 what happened before (exponential times between them).
@@ -27,7 +27,9 @@ def best_interval_s(saving: Saving, mtbf_s: float) -> float:
     return max(best, saving.write_s)
 
 
-def simulate(saving: Saving, mtbf_s: float, *, interval_s: float | None = None, days: float = 10, seed: int = 0) -> float:
+def simulate(
+    saving: Saving, mtbf_s: float, *, interval_s: float | None = None, days: float = 10, seed: int = 0
+) -> float:
     """Return the share of `days` that was progress, for one drawn history of failures."""
     interval = interval_s or best_interval_s(saving, mtbf_s)
     draw, end = random.Random(seed), days * 86_400
@@ -39,9 +41,9 @@ def simulate(saving: Saving, mtbf_s: float, *, interval_s: float | None = None, 
     return kept / end
 
 
-def goodput(saving: Saving, mtbf_s: float, *, interval_s: float | None = None, seeds: int = 6, days: float = 10) -> float:
+def goodput(saving: Saving, mtbf_s: float, *, interval_s: float | None = None, seeds: int = 6) -> float:
     """Return the mean share over several histories."""
-    return sum(simulate(saving, mtbf_s, interval_s=interval_s, days=days, seed=seed) for seed in range(seeds)) / seeds
+    return sum(simulate(saving, mtbf_s, interval_s=interval_s, seed=seed) for seed in range(seeds)) / seeds
 
 
 def _progress(saving: Saving, interval: float, time: float, *, died: bool) -> float:

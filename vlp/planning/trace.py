@@ -53,10 +53,11 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         flat, spec = tree_flatten((args, kwargs or {}))
+        given = spec
         if not any(isinstance(x, Tensor) and x.is_meta for x in flat):
             out = self._followed(func(*args, **(kwargs or {})))
             if func is torch.ops.aten._to_copy.default and out.is_meta:
-                out.known = args[0]
+                out.known = args[0]  # type: ignore[attr-defined]
             return out
         known = [_real(x) for x in flat]
         is_known = not any(isinstance(x, Tensor) and x.is_meta for x in known) and not func._schema.is_mutable
@@ -67,7 +68,7 @@ class Shapes(TorchDispatchMode):
         args, kwargs = tree_unflatten([x.to(META) if isinstance(x, Tensor) else x for x in flat], spec)
         out = self._followed(func(*args, **kwargs))
         if is_known and isinstance(out, Tensor):  # a mask that was moved to the device of the features
-            args, kwargs = tree_unflatten(known, spec)
+            args, kwargs = tree_unflatten(known, given)
             out.known = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
         return out
 
