@@ -41,4 +41,4 @@ def test_without_failures_only_the_stalls_are_lost():
 
 def test_work_since_the_last_durable_checkpoint_is_lost():
     """Failures so frequent that no save is ever written to its end leave nothing."""
-    assert goodput(Saving(10, 500, 0), 5, interval_s=600) < 1e-6
+    assert goodput(Saving(10, 500, 0), 20, interval_s=600) < 1e-3  # the last seconds of the ten days

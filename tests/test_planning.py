@@ -28,7 +28,7 @@ def test_flops_of_the_video_encoder_equal_the_hand_count():
     linear, attention = depth * 24 * tokens * dim**2, depth * 4 * tokens**2 * dim
     embed = 2 * cells * patch * dim
     assert found.forward == 3 * (linear + attention + embed)
-    # Twice for inputs and weights, but pixels have no gradient; the fused kernel multiplies 5 times where forward has 2.
+    # Twice for inputs and weights, but pixels have no gradient; fused attention multiplies 5 times, 2 times forward.
     assert found.backward == 3 * (2 * linear + attention * 5 // 2 + embed)
 
 

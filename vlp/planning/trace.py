@@ -69,7 +69,8 @@ class Shapes(TorchDispatchMode):
         out = self._followed(func(*args, **kwargs))
         if is_known and isinstance(out, Tensor):  # a mask that was moved to the device of the features
             args, kwargs = tree_unflatten(known, given)
-            out.known = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
+            kwargs.pop("device", None)
+            out.known = func(*args, **kwargs)  # type: ignore[attr-defined]
         return out
 
     def classify(self, gradient: Tensor) -> None:
