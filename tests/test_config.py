@@ -37,8 +37,8 @@ optim: {{lr: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, weight_decay: 0.1, layer_deca
 eval: {{every: null, batch_size: 4, tasks: {{}}}}
 paths: {{runs: runs, data: data}}
 cluster: {{nodes: 1, gpus_per_node: 1, gpu: h100, cores_per_node: 8, utilisation: 0.3, network_gb_s: null, num_clips: 9,
-  epochs: null, stored_as: x, storage_kinds: {{}}, reserved_gib: 1.0, gpu_mtbf_hours: 9.0, save_stall_s: 1.0,
-  save_write_s: 1.0, restart_s: 1.0}}
+  epochs: null, launch_us: 5.0, stored_as: x, storage_kinds: {{}}, reserved_gib: 1.0, gpu_mtbf_hours: 9.0,
+  save_stall_s: 1.0, save_write_s: 1.0, restart_s: 1.0}}
 """
 DATA = "{batch_size: 4, num_lanes: 2, window_shards: 1, bucket_steps: 1, num_workers: 0, captions: null, holdout: 0.0"
 DATA += ", index_dir: i, cache_dir: null, cache_gib: 1.0"

@@ -98,11 +98,25 @@ def test_step_time_by_hand():
     section = config.load(["cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.utilisation=0.5"]).cluster
     card = cluster.gpu("h100")
     step = cluster.step_time(
-        card, flops=989e12, half=True, kept_bytes=0, exchanged_bytes=800e9, gathered_bytes=8e9, cluster=section
+        card,
+        flops=989e12,
+        kernels=9,
+        half=True,
+        kept_bytes=0,
+        exchanged_bytes=800e9,
+        gathered_bytes=8e9,
+        cluster=section,
     )
     assert step.compute_s == pytest.approx(2.0)
     assert step.exchange_s == pytest.approx(800 / 50 * 15 / 16)  # through the network, of which each GPU has 50 GB/s
     assert step.total_s == pytest.approx(2.0 + 0.15 + 15 - 2 * 2 / 3)
+
+
+def test_a_small_model_waits_for_its_kernels_to_start():
+    section = config.load(["cluster.gpus_per_node=1", "cluster.launch_us=10"]).cluster
+    card, nothing = cluster.gpu("h100"), {"kept_bytes": 0, "exchanged_bytes": 0, "gathered_bytes": 0}
+    step = cluster.step_time(card, flops=1e6, kernels=3000, half=False, cluster=section, **nothing)
+    assert step.total_s == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize("path", sorted((config.CONF / "gpu").glob("*.yaml")), ids=lambda path: path.stem)

@@ -151,6 +151,7 @@ class Cluster:
     gpu: str  # a file of conf/gpu/
     cores_per_node: int
     utilisation: float  # share of the card's dense rate that a step reaches
+    launch_us: float  # to start one kernel
     network_gb_s: float | None  # between nodes, a GPU; null takes what is usual for the card
     reserved_gib: float  # of a card's memory, for what is not counted
     num_clips: int
@@ -534,7 +535,7 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
     ),
     ("0 or more", lambda value: value >= 0): (
         *("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
-        *(f"cluster.{key}" for key in ("reserved_gib", "save_stall_s", "save_write_s", "restart_s")),
+        *(f"cluster.{key}" for key in ("reserved_gib", "launch_us", "save_stall_s", "save_write_s", "restart_s")),
     ),
     ("above 0", lambda value: value > 0): (
         *("optim.lr", "optim.eps", "trainer.clip_grad_norm"),

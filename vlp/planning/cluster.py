@@ -1,7 +1,8 @@
 """Time, communication, data and storage of a run on a cluster, from FLOPs, bytes and bandwidths.
 
-Computing takes FLOPs / (dense rate x utilisation). Reducing gradients moves 2 (N - 1) / N of their bytes through each
-GPU's slowest link, and hides behind the backward pass (two thirds of the computing); what is left over is added.
+Computing takes FLOPs / (dense rate x utilisation), and at least the start of each kernel. Reducing gradients moves
+2 (N - 1) / N of their bytes through each GPU's slowest link, and hides behind the backward pass (two thirds of the
+computing); what is left over is added.
 
 Source: the bytes of ring all-reduce and of ZeRO, arXiv:1910.02054, 7.
 """
@@ -57,12 +58,22 @@ def gpu(name: str, folder: Path = config.CONF / "gpu") -> Gpu:
 
 
 def step_time(
-    card: Gpu, *, flops: float, half: bool, kept_bytes: int, exchanged_bytes: float, gathered_bytes: float, cluster: Any
+    card: Gpu,
+    *,
+    flops: float,
+    kernels: int,
+    half: bool,
+    kept_bytes: int,
+    exchanged_bytes: float,
+    gathered_bytes: float,
+    cluster: Any,
 ) -> Step:
     """Return the seconds of a step.
 
     Args:
-        flops: of this rank. half: whether products run in 16 bits. kept_bytes: that the optimizer reads and writes.
+        flops: of this rank. kernels: that it starts, one after the other; small ones cost their start.
+        half: whether products run in 16 bits.
+        kept_bytes: that the optimizer reads and writes.
         exchanged_bytes: through this GPU for gradients and weights. gathered_bytes: for embeddings.
     """
     ranks = cluster.nodes * cluster.gpus_per_node
@@ -70,7 +81,7 @@ def step_time(
     between_nodes = (cluster.network_gb_s or card.network_gb_s) if cluster.nodes > 1 else card.link_gb_s
     bandwidth = min(between_nodes, card.link_gb_s) * 1e9
     share = (ranks - 1) / ranks
-    compute = flops / rate
+    compute = max(flops / rate, kernels * cluster.launch_us * 1e-6)
     exchange = exchanged_bytes * share / bandwidth
     return Step(
         compute_s=compute,

@@ -25,6 +25,8 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     counts = _sizes(cfg, planned, ranks)
     work = _work(cfg, planned, micro)
     peaks = {kind: _peaks(cfg, micro, checkpointed=kind == "recomputed") for kind in ("kept", "recomputed")}
+    used = peaks["recomputed" if cfg.trainer.checkpoint_activations else "kept"][0]
+    work["kernels"] = used.kernels * cfg.trainer.accumulate
     room = (card.memory_gib - cfg.cluster.reserved_gib) * memory.GIB
     rows = {
         name: _memory(cfg, make(counts), peaks, micro=micro, room=room, zero=name.startswith("zero"))
@@ -41,7 +43,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
         "flops": work,
         "memory": rows,
         "room_bytes": room,
-        "times": {name: _time(cfg, name, card, counts, work["step"]) for name in rows if "offload" not in name},
+        "times": {name: _time(cfg, name, card, counts, work) for name in rows if "offload" not in name},
         "gpu": card._asdict(),
         "assumed": plain(cfg.cluster),
     }
@@ -130,12 +132,13 @@ def _memory(
     return row
 
 
-def _time(cfg: DictConfig, strategy: str, card: cluster.Gpu, counts: memory.Sizes, flops: int) -> dict[str, Any]:
+def _time(cfg: DictConfig, strategy: str, card: cluster.Gpu, counts: memory.Sizes, work: dict) -> dict[str, Any]:
     section, trainer = cfg.cluster, cfg.trainer
     kept = memory.STRATEGIES[strategy](counts)
     step = cluster.step_time(
         card,
-        flops=flops,
+        flops=work["step"],
+        kernels=work["kernels"],
         half=trainer.precision != "32-true",
         kept_bytes=kept.optimizer + kept.gradients + kept.average,
         exchanged_bytes=cluster.exchanged(

@@ -44,10 +44,10 @@ def _flops(plan: Values) -> Iterator[str]:
     work = plan["flops"]
     yield "\nGFLOPs a clip                          forward       backward"
     for row in work["by_quantity"]:
-        yield f"  {row['name']:<32} {row['forward'] / 1e9:>11,.3f} {row['backward'] / 1e9:>14,.3f}"
+        yield f"  {row['name']:<32} {row['forward'] / 1e9:>11,.4g} {row['backward'] / 1e9:>14,.4g}"
     if work["second_pass"]:
-        yield f"  {'embeddings before the step':<32} {work['second_pass'] / 1e9:>11,.3f} {0:>14}   (whole_step)"
-    yield f"  a GPU's step: {work['step'] / 1e12:,.3f} TFLOPs"
+        yield f"  {'embeddings before the step':<32} {work['second_pass'] / 1e9:>11,.4g} {0:>14}   (whole_step)"
+    yield f"  a GPU's step: {work['step'] / 1e12:,.4g} TFLOPs in {work['kernels']:,} kernels"
 
 
 def _memory(cfg: Any, plan: Values) -> Iterator[str]:
@@ -113,8 +113,11 @@ def _assumed(plan: Values) -> Iterator[str]:
     )
     yield f"  {card['link_gb_s']:g} GB/s between GPUs of a node, {network:g} GB/s a GPU between nodes"
     yield (
-        f"  utilisation {assumed['utilisation']:.0%} of that rate, over all operations that run, recomputed ones too; "
-        "gradients are exchanged during the backward pass (two thirds of the computing)"
+        f"  utilisation {assumed['utilisation']:.0%} of that rate, over all operations that run, recomputed ones too, and at"
+    )
+    yield (
+        f"  least {assumed['launch_us']:g} us a kernel; gradients are exchanged during the backward pass, two thirds of the "
+        "computing"
     )
     yield "  clips and captions are full: clip.num_frames frames, tokenizer.max_length tokens; data never waits"
     yield (

@@ -37,6 +37,7 @@ class Peak(NamedTuple):
     without_gradients: int  # the same without them: what comes on top where they are kept from before
     gradients: int
     kept: int  # alive between the forward and the backward pass
+    kernels: int  # operations that the device is asked for, views left out
 
 
 class Shapes(TorchDispatchMode):
@@ -48,6 +49,7 @@ class Shapes(TorchDispatchMode):
         self.given = {x.untyped_storage()._cdata for x in given}
         self.sizes: dict[int, int] = {}  # of live storages
         self.gradients: set[int] = set()
+        self.kernels = 0
         self.live = self.live_gradients = self.peak = self.peak_without = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,6 +69,7 @@ class Shapes(TorchDispatchMode):
             flat, spec = tree_flatten(((args[0], _positions(args[1]), *args[2:]), kwargs or {}))
         args, kwargs = tree_unflatten([x.to(META) if isinstance(x, Tensor) else x for x in flat], spec)
         out = self._followed(func(*args, **kwargs))
+        self.kernels += not func.is_view
         if is_known and isinstance(out, Tensor):  # a mask that was moved to the device of the features
             args, kwargs = tree_unflatten(known, given)
             kwargs.pop("device", None)
@@ -118,7 +121,7 @@ def peak(planned: Planned, num_clips: int) -> Peak:
         kernels.weights.clear()  # from now on cast weights belong to the graph
         kept = shapes.live
         torch.autograd.backward([loss])
-        found = Peak(shapes.peak, shapes.peak_without, shapes.live_gradients, kept)
+        found = Peak(shapes.peak, shapes.peak_without, shapes.live_gradients, kept, shapes.kernels)
     for hook in hooks:
         hook.remove()
     planned.module.zero_grad(set_to_none=True)
