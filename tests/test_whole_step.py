@@ -18,7 +18,7 @@ from vlp.training.assemble import assemble
 from vlp.training.launch import quiet, recipe_of
 from vlp.training.module import Pretraining
 from vlp.training.whole_step import WholeStep
-from vlp.types import Batch
+from vlp.types import Batch, one_text
 
 CLIPS, LENGTH = 8, 5
 TINY = (
@@ -138,7 +138,9 @@ def batch(cfg) -> Batch:
     mask, words = torch.ones(CLIPS, LENGTH, dtype=torch.bool), torch.arange(LENGTH).expand(CLIPS, LENGTH)
     numbers = torch.arange(CLIPS)
     real, times = torch.ones(frames.shape[:2], dtype=torch.bool), torch.zeros(frames.shape[:2])
-    return Batch(frames, real, times, ids, mask, words, whole.index_fill(0, torch.tensor([2]), False), *[numbers] * 3)
+    other = one_text(CLIPS).values()
+    valid = whole.index_fill(0, torch.tensor([2]), False)
+    return Batch(frames, real, times, ids, mask, words, *other, valid, *[numbers] * 3)
 
 
 def gradients(num_micro: int, rank: int, num_ranks: int, *more: str) -> dict[str, Tensor]:

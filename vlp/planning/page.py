@@ -113,11 +113,11 @@ def _assumed(plan: Values) -> Iterator[str]:
     )
     yield f"  {card['link_gb_s']:g} GB/s between GPUs of a node, {network:g} GB/s a GPU between nodes"
     yield (
-        f"  utilisation {assumed['utilisation']:.0%} of that rate, over all operations that run, recomputed ones too, and at"
+        f"  utilisation {assumed['utilisation']:.0%} of that rate, over all operations that run, recomputed ones too,"
     )
     yield (
-        f"  least {assumed['launch_us']:g} us a kernel; gradients are exchanged during the backward pass, two thirds of the "
-        "computing"
+        f"  and at least {assumed['launch_us']:g} us a kernel; gradients are exchanged during the backward pass, "
+        "two thirds of the computing"
     )
     yield "  clips and captions are full: clip.num_frames frames, tokenizer.max_length tokens; data never waits"
     yield (

@@ -17,7 +17,7 @@ from vlp.planning.kernels import Kernels
 from vlp.training import optim
 from vlp.training.assemble import System, assemble, wanted
 from vlp.training.prepare import Fitted
-from vlp.types import Batch
+from vlp.types import Batch, one_text
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -96,6 +96,7 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
         text_ids=text_ids,
         text_mask=torch.ones_like(text_ids, dtype=torch.bool),
         word_ids=word_ids,
+        **one_text(num_clips),
         valid=torch.ones(num_clips, dtype=torch.bool),
         status=torch.zeros(num_clips, dtype=torch.int64),
         sample_id=numbers,
