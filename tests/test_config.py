@@ -39,7 +39,7 @@ eval: {{every: null, batch_size: 4, tasks: {{}}}}
 paths: {{runs: runs, data: data}}
 """
 DATA = "{batch_size: 4, num_lanes: 2, window_shards: 1, bucket_steps: 1, num_workers: 0, captions: null, holdout: 0.0"
-DATA += ", index_dir: i, cache_dir: null, cache_gib: 1.0"
+DATA += ", balance: false, index_dir: i, cache_dir: null, cache_gib: 1.0"
 FILES = {
     "train": TRAIN,
     "schedule/constant": "_target_: vlp.training.optim.Constant\nwarmup_steps: 2\n",

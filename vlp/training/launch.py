@@ -156,6 +156,7 @@ class Attempt:
                 num_lanes=cfg.data.num_lanes,
                 window_shards=cfg.data.window_shards,
                 bucket_steps=cfg.data.bucket_steps,
+                balance=cfg.data.balance,
                 num_workers=cfg.data.num_workers,
                 seed=cfg.run.seed,
                 sampling_train=config.build(cfg.clip.sampling_train, "clip.sampling_train"),
