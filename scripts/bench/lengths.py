@@ -1,6 +1,6 @@
 """P7: padding, and the slowest of 64 simulated ranks against their mean, on lengths as mixed data has them.
 
-Half images, half clips of 4 to 32 frames of 196 patches; captions of mean 14 tokens, longest 77; 8 clips a rank and step.
+Half images, half clips of 4 to 32 frames of 196 patches; captions of mean 14 tokens, longest 77; 8 clips a rank.
 A batch of a rank is as long as its longest clip and its longest text. Work is positions computed, padding included.
 """
 

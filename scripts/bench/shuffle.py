@@ -1,7 +1,7 @@
 """How well the plan shuffles, against a full shuffle of all samples (1.0), by lanes and window.
 
-Displacement: how far a sample moves from its place in the shards. Shard spread: how far apart in the epoch two samples
-of one shard are. Pairs of one shard: pairs of clips in a batch that come from one shard, as a multiple of a full shuffle.
+Displacement: how far a sample moves from its place in the shards. Shard spread: how far apart in the epoch two
+samples of one shard are. Pairs of one shard: pairs of clips in a batch from one shard, as a multiple of a full shuffle.
 """
 
 from typing import Any
