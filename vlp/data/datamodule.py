@@ -9,7 +9,7 @@ import torch
 from vlp.data.balance import Balanced
 from vlp.data.bucket import Bucketed, Order
 from vlp.data.columns import PARTS, IndexFileError
-from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
+from vlp.data.fields import ClipReader, Clips, Sampling, ShardsError, Source, Transform
 from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader
 from vlp.data.mix import Schedule
 from vlp.data.plan import Plan, check_layout
@@ -43,6 +43,7 @@ class VideoTextData:
         index_dir: where the indexes of remote shards lie. cache: keeps remote shards on this machine.
 
     Raises:
+        ShardsError: shards are gone, damaged or without an index; names all of them.
         ValueError: a source is too small or has no usable sample, the batch does not divide, an index is missing.
     """
 
@@ -164,7 +165,7 @@ class VideoTextData:
                 cache=self._cache,
             )
         except (IndexFileError, StorageError) as error:
-            raise ValueError(f"source {name!r}: {error}") from error
+            raise ShardsError(f"source {name!r}: {error}") from error
         if len(reader) and Reason.OK not in reader.by_reason:
             counts = ", ".join(f"{reason.name.lower()}={n}" for reason, n in reader.by_reason.items())
             raise ValueError(
