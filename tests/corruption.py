@@ -260,7 +260,7 @@ def _reader(path: str) -> ClipReader:
 
 def _sample(reader: ClipReader, row: int) -> tuple[Reason, tuple]:
     sample = reader.read(row, 0)
-    return sample.status, (sample.frames.tobytes(), sample.times_s.tobytes(), sample.caption)
+    return sample.status, (sample.frames.tobytes(), sample.times_s.tobytes(), sample.texts.first)
 
 
 def _intact(index: ShardIndex, row: int, damaged: bytes) -> bool:
