@@ -109,6 +109,7 @@ class Data:
     num_lanes: int
     window_shards: int
     bucket_steps: int  # steps whose samples are dealt again by size, so that little is padded; 1 = as they come
+    balance: bool  # deal the clips of a step by size, so that no rank waits for another
     num_workers: int
     videos: str | None
     captions: str | None
