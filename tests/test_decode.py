@@ -100,7 +100,7 @@ def full_decode(data: bytes, short_side: int) -> tuple[np.ndarray, np.ndarray]:
         tick_s = float(stream.time_base)
     ratio = short_side / min(frames[0].width, frames[0].height)
     size = round(frames[0].width * ratio), round(frames[0].height * ratio)
-    scaled = [f.reformat(*size, format="rgb24", interpolation="AREA", threads=1).to_ndarray() for f in frames]
+    scaled = [f.reformat(*size, format="gbrp", interpolation="AREA", threads=1).to_ndarray() for f in frames]
     turned = [np.rot90(image, frame.rotation // 90) for image, frame in zip(scaled, frames, strict=True)]
     return np.array([(frame.pts - frames[0].pts) * tick_s for frame in frames]), np.stack(turned)
 
