@@ -15,11 +15,11 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.filter import Graph
+from peers import barcode
 
 CACHE = Path(__file__).parents[2] / "build" / "bench"
 VERSION = 1  # of what is drawn and how it is encoded; another one makes the clips again
 FPS = 30
-CELLS = 10  # bits of a frame number
 MASTER = 1280, 720
 SIZES = {"270p": (480, 270), "256": (456, 256), "720p": (1280, 720)}
 GOPS = (12, 30, 250)
@@ -33,7 +33,7 @@ class Codec(NamedTuple):
 
 CODECS = {
     "h264": Codec("libx264", "mp4", {"preset": "medium", "crf": "26", "g": "{gop}", "bf": "3"}),
-    "hevc": Codec("libx265", "mp4", {"preset": "fast", "crf": "26", "x265-params": "keyint={gop}:bframes=3:pools=1"}),
+    "hevc": Codec("libx265", "mp4", {"preset": "veryfast", "crf": "26", "x265-params": "keyint={gop}:bframes=3:pools=1:log-level=none"}),
     "vp9": Codec("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "6", "crf": "36", "b": "0", "g": "{gop}"}),
     "av1": Codec("libsvtav1", "mp4", {"preset": "10", "crf": "38", "g": "{gop}"}),
 }
@@ -78,14 +78,6 @@ def clips(codecs: tuple[str, ...], sizes: tuple[str, ...], gops: tuple[int, ...]
     return grid
 
 
-def numbers(frames: np.ndarray) -> list[int]:
-    """Read the numbers of frames [T, H, W, 3]."""
-    height = frames.shape[1]
-    row = frames[:, height - height // 12 : height - height // 40].mean(axis=(1, 3))  # [T, W]
-    cells = np.stack([cell.mean(axis=1) for cell in np.array_split(row, CELLS, axis=1)], axis=1)  # [T, cells]
-    return ((cells > 128) @ (1 << np.arange(CELLS))).tolist()
-
-
 def clear() -> None:
     """Remove all clips."""
     shutil.rmtree(CACHE, ignore_errors=True)
@@ -96,7 +88,7 @@ def _draw(path: Path, num_frames: int) -> None:
     with open(path, "wb") as file:
         for number, frame in zip(range(num_frames), _pictures(), strict=False):
             planes = frame.to_ndarray()  # [H * 3 / 2, W] uint8
-            _write_number(planes[: MASTER[1]], number)
+            barcode.write(planes[: MASTER[1]], number)
             planes[MASTER[1] :].reshape(2, -1, MASTER[0] // 2)[:, -MASTER[1] // 20 :] = 128  # no colour under it
             file.write(planes.tobytes())
             if number % 100 == 99:
@@ -121,13 +113,6 @@ def _pictures() -> Iterator[av.VideoFrame]:
     graph.configure()
     while True:
         yield sink.pull()
-
-
-def _write_number(luma: np.ndarray, number: int) -> None:
-    height, width = luma.shape
-    edges = np.linspace(0, width, CELLS + 1).round().astype(int)
-    for bit in range(CELLS):
-        luma[height - height // 10 :, edges[bit] : edges[bit + 1]] = 215 if number >> bit & 1 else 40
 
 
 def _encode(clip: Clip, master: Path) -> str:
