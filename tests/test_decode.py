@@ -105,8 +105,8 @@ def full_decode(data: bytes, short_side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([(frame.pts - frames[0].pts) * tick_s for frame in frames]), np.stack(turned)
 
 
-def displayed(starts_s: np.ndarray, times_s: np.ndarray) -> list[int]:
-    return [max([i for i, start_s in enumerate(starts_s) if start_s <= time_s + 1e-5], default=0) for time_s in times_s]
+def displayed(starts_s: np.ndarray, times_s: np.ndarray, *, late_s: float = 1e-5) -> list[int]:
+    return [max([i for i, begin in enumerate(starts_s) if begin <= time_s + late_s], default=0) for time_s in times_s]
 
 
 def key_table(data: bytes) -> np.ndarray:

@@ -31,9 +31,10 @@ class Codec(NamedTuple):
     options: dict[str, str]  # the GOP is written where "{gop}" stands
 
 
+X265 = "keyint={gop}:bframes=3:pools=1:log-level=none"
 CODECS = {
     "h264": Codec("libx264", "mp4", {"preset": "medium", "crf": "26", "g": "{gop}", "bf": "3"}),
-    "hevc": Codec("libx265", "mp4", {"preset": "veryfast", "crf": "26", "x265-params": "keyint={gop}:bframes=3:pools=1:log-level=none"}),
+    "hevc": Codec("libx265", "mp4", {"preset": "veryfast", "crf": "26", "x265-params": X265}),
     "vp9": Codec("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "6", "crf": "36", "b": "0", "g": "{gop}"}),
     "av1": Codec("libsvtav1", "mp4", {"preset": "10", "crf": "38", "g": "{gop}"}),
 }

@@ -1,4 +1,4 @@
-"""Peers: other projects, each in an environment of its own that is made on first use, each a process that answers calls.
+"""Peers: other projects, each in an environment of its own, made on first use, each a process that answers calls.
 
 Nothing of a peer is ever imported by vlp. What cannot be installed or fails becomes a line of the table with its error.
 """
