@@ -9,6 +9,7 @@ from fixtures import CACHE, VERSION, clips
 
 from vlp.data.probe import probe
 from vlp.data.shards import Raw, write_shards
+from vlp.data.storage import locked
 
 SHARDS = 8
 
@@ -24,16 +25,18 @@ def corpus(size: str, gop: int, *, num_samples: int, num_frames: int = 300) -> C
     """Return shards of `num_samples` H.264 clips of a size and GOP; they are written on first use."""
     (clip,) = clips(("h264",), (size,), (gop,), num_frames=num_frames)
     folder = CACHE / f"corpus-v{VERSION}-{clip.path.stem}-{num_frames}-{num_samples}"
-    if not folder.exists():
-        data = clip.path.read_bytes()
-        half = folder.with_suffix(".part")
-        shutil.rmtree(half, ignore_errors=True)
-        write_shards(
-            _samples(data, num_samples), str(half), prefix="train", max_samples_per_shard=-(-num_samples // SHARDS)
-        )
-        half.rename(folder)
+    with locked(f"{folder}.lock"):
+        if not folder.exists():
+            _write(clip.path.read_bytes(), folder, num_samples)
     shards = sorted(map(str, folder.glob("*.tar")))
     return Corpus(clip.name, shards, num_samples, sum(Path(shard).stat().st_size for shard in shards))
+
+
+def _write(data: bytes, folder: Path, num_samples: int) -> None:
+    half, per_shard = folder.with_suffix(".part"), -(-num_samples // SHARDS)
+    shutil.rmtree(half, ignore_errors=True)
+    write_shards(_samples(data, num_samples), str(half), prefix="train", max_samples_per_shard=per_shard)
+    half.rename(folder)
 
 
 def _samples(data: bytes, count: int) -> Iterator[Raw]:

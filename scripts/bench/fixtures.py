@@ -4,7 +4,6 @@ A slow zoom with a moving inset and noise: real motion, so that B-frames differ,
 number stands in a row of dark and bright cells at the lower edge, large enough to survive any codec and any scaling.
 """
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -16,6 +15,8 @@ import av
 import numpy as np
 from av.filter import Graph
 from peers import barcode
+
+from vlp.data.storage import locked
 
 CACHE = Path(__file__).parents[2] / "build" / "bench"
 VERSION = 1  # of what is drawn and how it is encoded; another one makes the clips again
@@ -66,22 +67,22 @@ def clips(codecs: tuple[str, ...], sizes: tuple[str, ...], gops: tuple[int, ...]
         for size in sizes
         for gop in gops
     ]
-    missing = [clip for clip in grid if not clip.path.exists()]
-    if missing:
+    if not all(clip.path.exists() for clip in grid):
         folder.mkdir(parents=True, exist_ok=True)
-        master = folder / "master.yuv"
-        _draw(master, num_frames)
-        missing.sort(key=lambda clip: clip.shape, reverse=True)  # the long ones first: the cores end together
-        with ProcessPoolExecutor(2) as pool:
-            for done, clip in enumerate(pool.map(_encode, missing, repeat(master)), 1):
-                print(f"fixtures: {done} of {len(missing)} clips, {clip}", flush=True)
-        master.unlink()
+        with locked(str(folder / "lock")):  # two runs at once make a clip once
+            _make([clip for clip in grid if not clip.path.exists()], folder / "master.yuv", num_frames)
     return grid
 
 
-def clear() -> None:
-    """Remove all clips."""
-    shutil.rmtree(CACHE, ignore_errors=True)
+def _make(missing: list[Clip], master: Path, num_frames: int) -> None:
+    if not missing:
+        return
+    _draw(master, num_frames)
+    missing.sort(key=lambda clip: clip.shape, reverse=True)  # the long ones first: the cores end together
+    with ProcessPoolExecutor(2) as pool:
+        for done, clip in enumerate(pool.map(_encode, missing, repeat(master)), 1):
+            print(f"fixtures: {done} of {len(missing)} clips, {clip}", flush=True)
+    master.unlink()
 
 
 def _draw(path: Path, num_frames: int) -> None:
