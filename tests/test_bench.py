@@ -18,7 +18,6 @@ import transfer
 BENCHES = {module.__name__: module for module in (decoding, indexing, loading, reading, transfer)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHES)
 def test_bench_gives_figures_that_the_page_can_show(name):
     figures = BENCHES[name].main(quick=True, peers=False)
