@@ -326,6 +326,13 @@ def test_mirrors_of_the_display_matrix_are_applied(matrix, expected):
     np.testing.assert_array_equal(mirrored, expected(upright))
 
 
+def test_frames_of_different_shapes_are_refused(monkeypatch):
+    turns = itertools.cycle([lambda image: image, lambda image: image.transpose(1, 0, 2)])  # as messages inside a stream
+    monkeypatch.setattr(module, "_upright", lambda image, frame: next(turns)(image))
+    with pytest.raises(DecodeError, match=r"video_broken \(a frame of \(60, 40, 3\), others of \(40, 60, 3\)\)"):
+        decode(made("b_frames"), np.array([0.1, 1.4]), short_side=40)
+
+
 @pytest.mark.parametrize(
     ("name", "short_side", "shape"),
     [
