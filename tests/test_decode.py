@@ -1,6 +1,7 @@
 """Decoding against an independent full decode of the same real files; frames are recognised by their barcode."""
 
 import contextlib
+import gc
 import io
 import itertools
 import pathlib
@@ -327,7 +328,9 @@ def test_mirrors_of_the_display_matrix_are_applied(matrix, expected):
 
 
 def test_frames_of_different_shapes_are_refused(monkeypatch):
-    turns = itertools.cycle([lambda image: image, lambda image: image.transpose(1, 0, 2)])  # as messages inside a stream
+    turns = itertools.cycle(
+        [lambda image: image, lambda image: image.transpose(1, 0, 2)]
+    )  # as messages inside a stream
     monkeypatch.setattr(module, "_upright", lambda image, frame: next(turns)(image))
     with pytest.raises(DecodeError, match=r"video_broken \(a frame of \(60, 40, 3\), others of \(40, 60, 3\)\)"):
         decode(made("b_frames"), np.array([0.1, 1.4]), short_side=40)
@@ -531,6 +534,18 @@ def test_workers_decode_what_this_process_decodes(start):
 def test_error_survives_the_way_out_of_a_worker():
     error = pickle.loads(pickle.dumps(DecodeError(Reason.CODEC_REFUSED, "ffv1")))
     assert error.reason == Reason.CODEC_REFUSED and str(error) == "codec_refused (ffv1)"
+
+
+@pytest.mark.parametrize("name", ["b_frames", "rotated", "avi"])
+def test_nothing_waits_for_the_garbage_collector(name):
+    decode(made(name), np.array([0.1, 0.5]), short_side=40)
+    gc.collect()
+    gc.disable()
+    try:
+        decode(made(name), np.array([0.1, 0.5]), short_side=40)
+        assert gc.collect() == 0  # a cycle would keep whole frames
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

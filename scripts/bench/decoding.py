@@ -26,6 +26,9 @@ from vlp.data.probe import VideoFacts, probe
 
 SIDE, NUM_FRAMES, COUNTS, REPEATS = 224, 300, (4, 8, 16, 32), 3
 PEERS = (("torchcodec", "decoders"), ("decord", "decoders"))
+# Clips a second that one H100 can train on: 8 frames, forward and backward of the image towers of open_clip's profile,
+# at 40 % of 989 TFLOP/s in bf16. What a GPU really reaches, `train.py` logs.
+CLIPS_PER_GPU = {"ViT-B/16": 469, "ViT-L/14": 102, "ViT-H/14": 49}
 EXACT, MAPPED, DECORD, SEQUENTIAL, CODEC = "torchcodec exact", "torchcodec mapped", "decord", "PyAV", "codec"
 
 Cell = dict[str, list[float]]  # seconds of CPU by method
@@ -124,6 +127,7 @@ def main(*, quick: bool = False, peers: bool = True) -> dict[str, Any]:
         "FFmpeg of vlp": ".".join(map(str, av.library_versions["libavcodec"])) + " (libavcodec, with PyAV)",
         "peers": versions or "none",
         "Times as fast as ... (geometric mean over sizes, GOPs and N)": _by_codec(cells),
+        "Cores that decode for one GPU, by what 8 frames cost": _cores(cells),
         "Each clip: ms of vlp, and times as fast as torchcodec exact": _by_clip(cells),
     }
 
@@ -194,6 +198,16 @@ def _by_clip(cells: dict[tuple[Clip, int], Cell]) -> list[dict[str, str]]:
             f"{1000 * statistics.median(cell['vlp']):.1f}; {_mean([_ratio(cell, EXACT)])}; codec {share}"
         )
     return list(rows.values())
+
+
+def _cores(cells: dict[tuple[Clip, int], Cell]) -> list[dict[str, str]]:
+    rows = []
+    for (clip, count), cell in cells.items():
+        if count == 8 and clip.codec == "h264":
+            cpu_s = statistics.median(cell["vlp"])
+            needed = {f"{model}, {rate} clips/s": f"{rate * cpu_s:.1f}" for model, rate in CLIPS_PER_GPU.items()}
+            rows.append({"clip": clip.name, "ms": f"{1000 * cpu_s:.1f}", **needed})
+    return rows
 
 
 if __name__ == "__main__":

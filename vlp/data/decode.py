@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from av.error import FFmpegError, InvalidDataError
 from av.packet import Packet
+from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
@@ -268,7 +269,8 @@ def _check_size(width: int, height: int) -> None:
 
 def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
     """Apply the turns and mirrors of the display matrix to an image [H, W, 3]."""
-    side_data = frame.side_data.get("DISPLAYMATRIX")
+    # `frame.side_data` would tie frame and container into a cycle: whole frames would wait for the garbage collector.
+    side_data = SideDataContainer(frame).get("DISPLAYMATRIX")
     if side_data is None:
         return image
     # x' = a x + c y, y' = b x + d y, in fixed point. Angles between the right ones are not meant for decoders.
