@@ -270,7 +270,7 @@ def _check_size(width: int, height: int) -> None:
 def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
     """Apply the turns and mirrors of the display matrix to an image [H, W, 3]."""
     # `frame.side_data` would tie frame and container into a cycle: whole frames would wait for the garbage collector.
-    side_data = SideDataContainer(frame).get("DISPLAYMATRIX")
+    side_data = SideDataContainer(frame).get("DISPLAYMATRIX")  # pyright: ignore[reportCallIssue]  (its stub lacks it)
     if side_data is None:
         return image
     # x' = a x + c y, y' = b x + d y, in fixed point. Angles between the right ones are not meant for decoders.
