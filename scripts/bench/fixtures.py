@@ -104,7 +104,7 @@ def _pictures() -> Iterator[av.VideoFrame]:
     grown = graph.add("scale", f"{width}:{height}")
     inset = graph.add("testsrc2", f"size={width // 3}x{height // 3}:rate={FPS}")
     over = graph.add("overlay", f"x='{width // 3}*(1+sin(t))':y='{height // 4}*(1+cos(t*1.3))':eval=frame")
-    grain = graph.add("noise", "alls=3:allf=t:all_seed=7")
+    grain = graph.add("noise", "all_strength=3:all_flags=t:all_seed=7")
     shape = graph.add("format", "yuv420p")
     sink = graph.add("buffersink")
     zoom.link_to(grown)
