@@ -21,7 +21,7 @@ from vlp.data.datamodule import VideoTextData
 from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
+from vlp.training import checkpoint, environment, optim, prepare, run_dir, state, summary
 from vlp.training.assemble import System, assemble, plain
 from vlp.training.callbacks import (
     Bar,
@@ -203,10 +203,10 @@ class Attempt:
     def _restore(self) -> None:
         """Continue from the newest valid checkpoint, or refuse rather than start over silently."""
         root = self.directory / "checkpoints"
-        path, refused = checkpoint.newest_valid(root)
+        stored, refused = checkpoint.newest_valid(root)
         for line in refused:
             print(f"checkpoint refused: {line}", file=sys.stderr)
-        if path is None:
+        if stored is None:
             if self.record.values.get("step", 0) and self.record.values.get("committed"):
                 step = self.record.values["step"]
                 message = f"{root} holds no valid checkpoint, but the run had reached step {step}."
@@ -215,18 +215,15 @@ class Attempt:
         if not self.cfg.run.resume:
             message = f"run '{self.cfg.run.name}' exists; set run.resume=true, or choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.restored = checkpoint.load(path)
-        checkpoint.load_module(self.module, self.restored.model)
-        if self.module.ema is not None:
-            self.module.ema.load(self.restored.ema)
-        facts = self.restored.facts
+        facts, path = stored.facts, stored.path
         if facts["plan_version"] != plan.VERSION:
             message = f"{path.name} counts steps of another order of the data; finish it with the vlp that made it."
             raise StopRun(Exit.RESUME_REFUSED, message)
         if facts["fingerprints"] != self.data.fingerprints():
             message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.module.resume(facts["cursor"], facts["num_skipped"], self.restored.optimizer)
+        optimizer_tensors = state.restore(self.module, self.module.ema, stored)
+        self.module.resume(facts["cursor"], facts["num_skipped"], optimizer_tensors)
 
     def _introduce(self) -> None:
         """Write what is known before the first step, and print it."""
@@ -281,9 +278,7 @@ class Attempt:
         )
 
     def _save(self, module: Pretraining) -> None:
-        """Commit a checkpoint; every rank holds the same state, the first one writes."""
-        if not self.first:
-            return
+        """Commit a checkpoint; all ranks write their share."""
         facts = {
             "cursor": module.cursor,
             "num_skipped": module.num_skipped,
@@ -292,14 +287,14 @@ class Attempt:
             "config": plain(self.cfg),
             "seed": self.cfg.run.seed,
         }
-        state = checkpoint.State(
-            model=checkpoint.module_state(module),
-            optimizer=checkpoint.optimizer_state(module.optimizers(use_pl_optimizer=False)),  # type: ignore[arg-type]
-            ema=module.ema.average if module.ema is not None else {},
-            facts=facts,
+        optimizer: Any = module.optimizers(use_pl_optimizer=False)
+        tensors = state.collect(module, optimizer, module.ema, rank=dist.rank(), world_size=dist.world_size())
+        checkpoint.save(
+            self.directory / "checkpoints",
+            step=module.cursor,
+            state=checkpoint.State(tensors, facts),
+            keep=self.cfg.trainer.keep_checkpoints,
         )
-        root = self.directory / "checkpoints"
-        checkpoint.save(root, step=module.cursor, state=state, keep=self.cfg.trainer.keep_checkpoints)
         self.record.update(step=module.cursor, committed=True, seen=self.counting.seen)
 
     def _already_done(self) -> int:
