@@ -1,5 +1,6 @@
 """One run from its config to its report: the order of things, and the exit code of each way to end."""
 
+import copy
 import datetime
 import logging
 import sys
@@ -31,6 +32,7 @@ from vlp.training.callbacks import (
     Evaluation,
     MetricsLog,
     NonFiniteNotes,
+    Saving,
     write_note,
 )
 from vlp.training.ema import Ema
@@ -38,6 +40,7 @@ from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
+from vlp.training.saver import Saver
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -98,6 +101,11 @@ class Attempt:
             torch.set_num_threads(cfg.trainer.num_threads)
         run_dir.refuse_other_config(directory, plain(cfg))
         self.record = run_dir.Record(directory, writes=first)
+        self.saver = Saver(
+            directory / "checkpoints",
+            keep=cfg.trainer.keep_checkpoints,
+            background=cfg.trainer.checkpoint_async,
+        )
         self.data = self._data()
         self.module = self._module()
         self.evaluator = Evaluator(
@@ -114,6 +122,8 @@ class Attempt:
         try:
             stopped = self._fit()
             code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
+        except StopRun as stop:
+            code = self._explain(stop.code, stop)
         except NonFiniteLossError as error:
             code = self._explain(Exit.NON_FINITE, error)
             write_note(self.directory, str(error))
@@ -250,6 +260,7 @@ class Attempt:
         )
         evaluation = Evaluation(self.evaluator, every=cfg.eval.every, log=log)
         callbacks: list[Any] = [self.counting, log, NonFiniteNotes(self.directory), evaluation, commit]
+        callbacks.append(Saving(self.saver, log.write))
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
         trainer = self._trainer(callbacks)
@@ -289,13 +300,9 @@ class Attempt:
         }
         optimizer: Any = module.optimizers(use_pl_optimizer=False)
         tensors = state.collect(module, optimizer, module.ema, rank=dist.rank(), world_size=dist.world_size())
-        checkpoint.save(
-            self.directory / "checkpoints",
-            step=module.cursor,
-            state=checkpoint.State(tensors, facts),
-            keep=self.cfg.trainer.keep_checkpoints,
-        )
-        self.record.update(step=module.cursor, committed=True, seen=self.counting.seen)
+        note = {"step": module.cursor, "committed": True, "seen": copy.deepcopy(self.counting.seen)}
+        saved = checkpoint.State(tensors, facts)
+        self.saver.save(module.cursor, saved, then=lambda: self.record.update(**note))
 
     def _already_done(self) -> int:
         print(
@@ -305,11 +312,12 @@ class Attempt:
         return Exit.DONE
 
     def _explain(self, code: Exit, error: Exception) -> Exit:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {error.message if isinstance(error, StopRun) else error}", file=sys.stderr)
         return code
 
     def _finish(self, code: int, status: str) -> None:
         """Record the end and write the report, for failed runs too."""
+        self.saver.close()
         if not self.first:
             return
         seconds = self.record.values.get("seconds", 0.0) + time.monotonic() - self.started

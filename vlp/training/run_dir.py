@@ -27,6 +27,7 @@ FREE = (  # sections and keys that may differ when a run continues: they change 
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
+    "trainer.checkpoint_async",
     "trainer.progress_bar",
     "trainer.num_threads",
     "trainer.devices",
