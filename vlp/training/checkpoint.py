@@ -91,7 +91,10 @@ def save(root: Path, *, step: int, state: State, keep: int) -> Path:
     except Exception:
         ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
-    _tidy(root, keep, ranks, newest=final)
+    try:
+        _tidy(root, keep, ranks, newest=final)
+    except OSError as error:  # the new checkpoint stands all the same
+        _report(error)
     return final
 
 
@@ -161,8 +164,13 @@ def open_checkpoint(path: Path) -> Stored:
 
 
 def _begin(root: Path, step: int) -> str:
-    root.mkdir(mode=0o750, parents=True, exist_ok=True)
-    _reported(lambda: _sweep(root))
+    if not root.exists():
+        root.mkdir(mode=0o750, parents=True)
+        _sync(root.parent)
+    try:
+        _sweep(root)
+    except OSError as error:
+        _report(error)
     name = f".writing-{step:08d}-{secrets.token_hex(4)}"
     (root / name).mkdir(mode=0o750)
     return name
@@ -272,25 +280,20 @@ def _sweep(root: Path) -> None:
 
 
 def _tidy(root: Path, keep: int, ranks: Ranks, *, newest: Path) -> None:
-    """Delete all but the `keep` newest checkpoints, and keep more where two of those are not valid.
-
-    What cannot be deleted is reported and stays: the new checkpoint stands.
-    """
+    """Delete all but the `keep` newest checkpoints, and keep more where two of those are not valid."""
+    ranks.first(lambda: _sweep(root))
     num_valid = 0  # `newest` counts: its digests are those of the memory that was written
     names = ranks.first(lambda: [path.name for path in reversed(all_steps(root))])
     for place, name in enumerate(names):
         if place >= keep and num_valid == 2:
-            ranks.first(lambda name=name: _reported(lambda: _delete(root / name)))
+            ranks.first(lambda name=name: _delete(root / name))
         elif num_valid < 2 and (name == newest.name or isinstance(_verified(root / name, ranks), Stored)):
             num_valid += 1
-    ranks.first(lambda: _reported(lambda: _sweep(root)))
 
 
-def _reported(work: Callable[[], None]) -> None:
-    try:
-        work()
-    except OSError as error:
-        print(f"warning: an old checkpoint cannot be deleted: {error}", file=sys.stderr)
+def _report(error: OSError) -> None:
+    if dist.rank() == 0:
+        print(f"warning: old checkpoints cannot be deleted: {error}", file=sys.stderr, flush=True)
 
 
 def _delete(path: Path) -> None:

@@ -22,7 +22,7 @@ from vlp.data.datamodule import VideoTextData
 from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, optim, prepare, run_dir, state, summary
+from vlp.training import checkpoint, environment, optim, prepare, run_dir, state, streams, summary
 from vlp.training.assemble import System, assemble, plain
 from vlp.training.callbacks import (
     Bar,
@@ -41,12 +41,14 @@ from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
 from vlp.training.saver import Saver
+from vlp.training.traces import refuse_silent_start
 
 
 def main(overrides: Sequence[str]) -> int:
     """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
     quiet()
-    return reported(lambda: train(config.load(overrides)))
+    with streams.tolerant():
+        return reported(lambda: train(config.load(overrides)))
 
 
 def quiet() -> None:
@@ -62,6 +64,8 @@ def train(cfg: DictConfig) -> int:
         config.ConfigError: the parts do not fit together, or the data cannot serve the config.
         StopRun: the run directory is refused.
     """
+    directory = Path(cfg.paths.runs) / cfg.run.name
+    run_dir.create(directory)  # before anything that takes long
     torch.manual_seed(cfg.run.seed)  # the initial weights; every step seeds itself
     system = assemble(cfg)
     if cfg.trainer.checkpoint_activations:
@@ -69,8 +73,6 @@ def train(cfg: DictConfig) -> int:
     if cfg.trainer.compile:
         for block in blocks_of(system.model):
             block.compile()
-    directory = Path(cfg.paths.runs) / cfg.run.name
-    run_dir.create(directory)
     first = environment.is_first_process()
     with run_dir.locked(directory) if first else nullcontext():
         return Attempt(cfg, system, directory, first=first).run()
@@ -217,15 +219,14 @@ class Attempt:
         for line in refused:
             print(f"checkpoint refused: {line}", file=sys.stderr)
         if stored is None:
-            if self.record.values.get("step", 0) and self.record.values.get("committed"):
-                step = self.record.values["step"]
-                message = f"{root} holds no valid checkpoint, but the run had reached step {step}."
-                raise StopRun(Exit.NO_VALID_CHECKPOINT, message)
+            refuse_silent_start(self.directory, self.record, refused)
             return
         if not self.cfg.run.resume:
             message = f"run '{self.cfg.run.name}' exists; set run.resume=true, or choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
         facts, path = stored.facts, stored.path
+        if refused:
+            print(f"continuing from {path.name}; the steps behind it are trained again", file=sys.stderr)
         if facts["plan_version"] != plan.VERSION:
             message = f"{path.name} counts steps of another order of the data; finish it with the vlp that made it."
             raise StopRun(Exit.RESUME_REFUSED, message)
@@ -239,12 +240,19 @@ class Attempt:
         """Write what is known before the first step, and print it."""
         if not self.first:
             return
+        try:
+            self._write_facts()
+        except OSError as error:
+            message = f"{self.directory} cannot be written ({error.strerror}); make room, or set paths.runs."
+            raise StopRun(Exit.CANNOT_CREATE, message) from None
+        print(summary.text(self.cfg, self.system, self.module, self.record.values, self.evaluator.skipped), flush=True)
+
+    def _write_facts(self) -> None:
         attempts = self.record.values.get("attempts", 0) + 1
         self.record.update(**summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts)
         run_dir.write_json(self.directory / "graph.json", summary.graph(self.system, self.module))
         text = OmegaConf.to_yaml(self.cfg, resolve=True)
-        (self.directory / "config.yaml").write_text(text, encoding="utf-8")
-        print(summary.text(self.cfg, self.system, self.module, self.record.values, self.evaluator.skipped), flush=True)
+        run_dir.write_text(self.directory / "config.yaml", text)
 
     def _fit(self) -> bool:
         """Train to the last step or until told to stop; return whether it was told to."""
@@ -331,8 +339,12 @@ class Attempt:
             sources=sources,
             ended=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        report = write_report(self.directory)
-        print(summary.ending(self.directory, status, self.module.cursor, report))
+        try:
+            report = write_report(self.directory)
+        except OSError as error:
+            print(f"warning: the report of {self.directory} cannot be written ({error.strerror}).", file=sys.stderr)
+        else:
+            print(summary.ending(self.directory, status, self.module.cursor, report))
 
 
 def _refused_by_a_part(error: ValueError) -> bool:

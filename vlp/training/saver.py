@@ -55,7 +55,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._job: _Job | None = None  # until it is committed
         self._outcome: Exception | float | None = None  # of the save in flight: what went wrong, or its seconds
-        self._num_failures = 0
+        self.num_failures = 0  # in a row
 
     def save(self, step: int, state: State, then: Callable[[], None]) -> None:
         """Commit the state of a step now or in the background; `then` is called in this thread once it is durable.
@@ -128,17 +128,17 @@ class Saver:
 
     def _succeed(self, seconds: float) -> None:
         assert self._job is not None
-        self._num_failures = 0
+        self.num_failures = 0
         self.times = {"time/checkpoint_snapshot_s": self._job.snapshot_s, "time/checkpoint_commit_s": seconds}
         then, self._job = self._job.then, None
         then()
 
     def _fail(self, error: OSError) -> None:
         assert self._job is not None
-        self._num_failures += 1
+        self.num_failures += 1
         what = f"the checkpoint of step {self._job.step} could not be written to {self.root} ({error})"
-        if self._num_failures >= self.max_failures:
-            message = f"{what}, {self._num_failures} failures in a row; older ones stay. Make room or repair the disk."
+        if self.num_failures >= self.max_failures:
+            message = f"{what}, {self.num_failures} failures in a row; older ones stay. Make room or repair the disk."
             raise StopRun(Exit.STORAGE, message)
         if dist.rank() == 0:
             print(f"warning: {what}; older ones stay, the next save tries again.", file=sys.stderr, flush=True)
