@@ -57,6 +57,11 @@ class Saver:
         self._outcome: Exception | float | None = None  # of the save in flight: what went wrong, or its seconds
         self.num_failures = 0  # in a row
 
+    @property
+    def is_busy(self) -> bool:
+        """Is a save being written?"""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, step: int, state: State, then: Callable[[], None]) -> None:
         """Commit the state of a step now or in the background; `then` is called in this thread once it is durable.
 
@@ -75,8 +80,7 @@ class Saver:
         """Take note of the end of a save in flight, if it has ended on all ranks; to be called after every step."""
         if self._outcome is None and self._thread is None:
             return
-        running = self._thread is not None and self._thread.is_alive()
-        if not int(dist.max_over_ranks(_flag(running))):
+        if not int(dist.max_over_ranks(_flag(self.is_busy))):
             self.settle()
 
     def settle(self) -> None:
