@@ -24,6 +24,7 @@ from torch import Tensor
 from vlp.data.synthetic import World
 from vlp.training import checkpoint
 from vlp.training.checkpoint import State
+from vlp.training.metrics_csv import read
 from vlp.training.saver import Saver
 
 NUM_PARAMETERS = int(os.environ.get("BENCH_PARAMETERS", 64_000_000))
@@ -161,7 +162,7 @@ def _command(directory: Path, name: str, *more: str) -> float:
 
 def _rows(table: Path) -> int:
     """Return the number of steps in the table."""
-    return sum(",," not in line[:8] for line in table.read_text().splitlines()) if table.exists() else 0
+    return sum("train/loss" in row for row in read(table))
 
 
 def _time(work: Callable[[], Any]) -> float:

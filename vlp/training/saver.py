@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,9 +166,12 @@ class Snapshot:
             self._block = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
         copies = {}
         for name, tensor in tensors.items():
-            flat = self._block[starts[name] : starts[name] + tensor.nbytes].view(tensor.dtype)
-            copies[name] = flat.view(tensor.shape)
-            copies[name].copy_(tensor.detach(), non_blocking=True)
+            flat = self._block[starts[name] : starts[name] + tensor.nbytes]
+            copies[name] = flat.view(tensor.dtype).view(tensor.shape)
+            if tensor.is_cuda or not tensor.is_contiguous():
+                copies[name].copy_(tensor.detach(), non_blocking=True)
+            else:  # by one thread: torch's own wait for each other at every tensor, long where cores are shared
+                np.copyto(flat.numpy(), tensor.detach().reshape(-1).view(torch.uint8).numpy())
         if on_gpu:
             torch.cuda.synchronize()
         return copies
