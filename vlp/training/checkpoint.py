@@ -70,6 +70,31 @@ def save(root: Path, *, step: int, state: State, keep: int) -> Path:
     return final
 
 
+class Opened(NamedTuple):
+    state: State
+    facts: dict[str, Any]
+
+    def keys(self):
+        return [f"{k}/{n}" for k in ("model", "optimizer", "ema") for n in getattr(self.state, k)]
+
+    def get(self, key):
+        kind, _, name = key.partition("/")
+        return getattr(self.state, kind)[name]
+
+
+def open_checkpoint(path: Path) -> Opened:
+    found = load(path)
+    return Opened(found, found.facts)
+
+
+def save_tensors(root: Path, *, step: int, tensors, facts, keep: int) -> Path:
+    parts = {
+        k: {n.partition("/")[2]: t for n, t in tensors.items() if n.partition("/")[0] == k}
+        for k in ("model", "optimizer", "ema")
+    }
+    return save(root, step=step, state=State(**parts, facts=facts), keep=keep)
+
+
 def all_steps(root: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first, by step and never by time."""
     return sorted(path for path in root.glob("step-*") if (path / "manifest.json").exists())

@@ -21,7 +21,7 @@ from vlp.data.datamodule import VideoTextData
 from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
+from vlp.training import checkpoint, environment, optim, prepare, run_dir, state, summary
 from vlp.training.assemble import System, assemble, plain
 from vlp.training.callbacks import (
     Bar,
@@ -33,11 +33,12 @@ from vlp.training.callbacks import (
     NonFiniteNotes,
     write_note,
 )
-from vlp.training.ema import Ema
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
+from vlp.training.precision import PRECISIONS
+from vlp.training.strategy import STRATEGIES, Needs
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -82,6 +83,8 @@ def recipe_of(cfg: DictConfig) -> Recipe:
         schedule=config.build(cfg.schedule, "schedule"),
         max_steps=cfg.trainer.max_steps,
         clip_grad_norm=cfg.trainer.clip_grad_norm,
+        precision=PRECISIONS[cfg.trainer.precision],
+        ema_decay=cfg.optim.ema_decay,
         nan_policy=cfg.trainer.nan_policy,
         max_skipped_steps=cfg.trainer.max_skipped_steps,
         seed=cfg.run.seed,
@@ -138,6 +141,8 @@ class Attempt:
         self._restore()
         if not self.module.cursor:
             raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{self.directory} holds no valid checkpoint; train the run first.")
+        assert self.module.stored is not None
+        state.fill(self.module, self.module.stored, averaged=True)
         scores = self.evaluator(self.module)
         write_report(self.directory)
         return scores
@@ -187,9 +192,8 @@ class Attempt:
             optim.settings(module, layer_decay=recipe.layer_decay, lr_factors=recipe.lr_factors)
         except ValueError as error:
             raise config.ConfigError([str(error)]) from None
-        if cfg.optim.ema_decay is not None:
-            module.ema = Ema(module, decay=cfg.optim.ema_decay)
         prepare.fit_parts(module, self.data, self.directory, seed=cfg.run.seed)
+        recipe.precision.convert(module)  # before any strategy takes hold of the parameters
         return module
 
     def _loader(self, start_step: int) -> Any:
@@ -215,18 +219,15 @@ class Attempt:
         if not self.cfg.run.resume:
             message = f"run '{self.cfg.run.name}' exists; set run.resume=true, or choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.restored = checkpoint.load(path)
-        checkpoint.load_module(self.module, self.restored.model)
-        if self.module.ema is not None:
-            self.module.ema.load(self.restored.ema)
-        facts = self.restored.facts
+        stored = checkpoint.open_checkpoint(path)
+        facts = stored.facts
         if facts["plan_version"] != plan.VERSION:
             message = f"{path.name} counts steps of another order of the data; finish it with the vlp that made it."
             raise StopRun(Exit.RESUME_REFUSED, message)
         if facts["fingerprints"] != self.data.fingerprints():
             message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.module.resume(facts["cursor"], facts["num_skipped"], self.restored.optimizer)
+        self.module.resume(facts["cursor"], facts["num_skipped"], stored, facts["loss_scale"])
 
     def _introduce(self) -> None:
         """Write what is known before the first step, and print it."""
@@ -255,20 +256,18 @@ class Attempt:
         callbacks: list[Any] = [self.counting, log, NonFiniteNotes(self.directory), evaluation, commit]
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
-        trainer = self._trainer(callbacks)
-        trainer.fit(self.module)
-        if not commit.stopped:
-            log.write(trainer, self.module.cursor, self.evaluator(self.module))
+        self._trainer(callbacks).fit(self.module)
         return commit.stopped
 
     def _trainer(self, callbacks: list[Any]) -> pl.Trainer:
-        section = self.cfg.trainer
+        section, recipe = self.cfg.trainer, self.module.recipe
+        many = section.devices if isinstance(section.devices, str) else section.devices * section.num_nodes
+        needs = Needs(recipe.precision, recipe.clip_grad_norm, many, plain(section.zero))
         return pl.Trainer(
             accelerator="auto",
             devices=section.devices,
             num_nodes=section.num_nodes,
-            strategy=section.strategy,
-            precision=section.precision,
+            strategy=STRATEGIES[section.strategy](needs),
             max_epochs=1,
             logger=[config.build(node, "logger") for node in self.cfg.logger.values() if node and self.first],
             callbacks=callbacks,
@@ -281,25 +280,24 @@ class Attempt:
         )
 
     def _save(self, module: Pretraining) -> None:
-        """Commit a checkpoint; every rank holds the same state, the first one writes."""
+        """Commit a checkpoint; every rank gives the tensors that it owns."""
+        assert module.update is not None
+        tensors = state.collect(module, module.update, module.ema, num_writers=1)
         if not self.first:
             return
         facts = {
             "cursor": module.cursor,
             "num_skipped": module.num_skipped,
+            "loss_scale": module.update.scale.state() if module.update.scale is not None else None,
             "fingerprints": self.data.fingerprints(),
             "plan_version": plan.VERSION,
             "config": plain(self.cfg),
             "seed": self.cfg.run.seed,
         }
-        state = checkpoint.State(
-            model=checkpoint.module_state(module),
-            optimizer=checkpoint.optimizer_state(module.optimizers(use_pl_optimizer=False)),  # type: ignore[arg-type]
-            ema=module.ema.average if module.ema is not None else {},
-            facts=facts,
-        )
         root = self.directory / "checkpoints"
-        checkpoint.save(root, step=module.cursor, state=state, keep=self.cfg.trainer.keep_checkpoints)
+        checkpoint.save_tensors(
+            root, step=module.cursor, tensors=tensors, facts=facts, keep=self.cfg.trainer.keep_checkpoints
+        )
         self.record.update(step=module.cursor, committed=True, seen=self.counting.seen)
 
     def _already_done(self) -> int:
