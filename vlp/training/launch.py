@@ -207,10 +207,10 @@ class Attempt:
     def _restore(self) -> None:
         """Continue from the newest valid checkpoint, or refuse rather than start over silently."""
         root = self.directory / "checkpoints"
-        path, refused = checkpoint.newest_valid(root)
+        stored, refused = checkpoint.newest_valid(root)
         for line in refused:
             print(f"checkpoint refused: {line}", file=sys.stderr)
-        if path is None:
+        if stored is None:
             if self.record.values.get("step", 0) and self.record.values.get("committed"):
                 step = self.record.values["step"]
                 message = f"{root} holds no valid checkpoint, but the run had reached step {step}."
@@ -219,8 +219,7 @@ class Attempt:
         if not self.cfg.run.resume:
             message = f"run '{self.cfg.run.name}' exists; set run.resume=true, or choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        stored = checkpoint.open_checkpoint(path)
-        facts = stored.facts
+        facts, path = stored.facts, stored.path
         if facts["plan_version"] != plan.VERSION:
             message = f"{path.name} counts steps of another order of the data; finish it with the vlp that made it."
             raise StopRun(Exit.RESUME_REFUSED, message)
@@ -280,11 +279,9 @@ class Attempt:
         )
 
     def _save(self, module: Pretraining) -> None:
-        """Commit a checkpoint; every rank gives the tensors that it owns."""
+        """Commit a checkpoint; every rank writes the tensors that it owns."""
         assert module.update is not None
-        tensors = state.collect(module, module.update, module.ema, num_writers=1)
-        if not self.first:
-            return
+        tensors = state.collect(module, module.update, module.ema)
         facts = {
             "cursor": module.cursor,
             "num_skipped": module.num_skipped,
@@ -294,9 +291,11 @@ class Attempt:
             "config": plain(self.cfg),
             "seed": self.cfg.run.seed,
         }
-        root = self.directory / "checkpoints"
-        checkpoint.save_tensors(
-            root, step=module.cursor, tensors=tensors, facts=facts, keep=self.cfg.trainer.keep_checkpoints
+        checkpoint.save(
+            self.directory / "checkpoints",
+            step=module.cursor,
+            state=checkpoint.State(tensors, facts),
+            keep=self.cfg.trainer.keep_checkpoints,
         )
         self.record.update(step=module.cursor, committed=True, seen=self.counting.seen)
 
