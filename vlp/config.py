@@ -162,6 +162,7 @@ class Root:
     trainer: Trainer
     clip: Clip
     tokenizer: Tokenizer
+    texts: Node  # which texts of its record a training sample brings
     data: Data
     video: Node
     connector: Annotated[dict[str, Any], Parts()]  # stages after the video encoder, in order
