@@ -18,7 +18,7 @@ from vlp.training.launch import quiet, recipe_of
 from vlp.training.module import Pretraining
 from vlp.training.precision import PRECISIONS
 from vlp.training.strategy import STRATEGIES, Needs
-from vlp.types import Batch
+from vlp.types import Batch, one_text
 
 GLOBAL_BATCH, TEXT_LENGTH, SIZE = 8, 7, 16
 FREEZE = {
@@ -35,6 +35,7 @@ SMALL = (
     *("optim.eps=1.0", "optim.lr=1.0", "optim.layer_decay=0.9"),
     *("optim.weight_decay=0.1", "schedule.warmup_steps=0", "trainer.max_steps=100", "optim.freeze=[]"),
 )
+VISUAL = ("objective.masked_visual.num_codes=8",)
 WIRING = {
     "text": (
         *("objective=[masked_words]", "objective.masked_words.inputs.tokens='text:masked_words'"),
@@ -58,7 +59,8 @@ class Cell(NamedTuple):
 class Found(NamedTuple):
     """What a run of a cell leaves."""
 
-    state: dict[str, Tensor]  # of this rank's share
+    start: dict[str, Tensor]  # this rank's share of the state before the first step
+    state: dict[str, Tensor]  # and after the last
     losses: list[float]
     cursor: int
     scale: float | None
@@ -68,7 +70,7 @@ class Found(NamedTuple):
 def train(cell: Cell, stored: dict[str, Tensor] | None = None, cursor: int = 0, look: Callable | None = None) -> Found:
     """Train the cell on this rank; `stored` is a whole state to continue from, `look` gets the module at the end."""
     quiet()
-    cfg = config.load(["+experiment=quickstart", "+scale=tiny", *SMALL, *WIRING.get(cell.source, ()), *cell.more])
+    cfg = config.load(["+experiment=quickstart", "+scale=tiny", *SMALL, *WIRING.get(cell.source, VISUAL), *cell.more])
     torch.manual_seed(0)
     system = assemble(cfg)
     recipe = recipe_of(cfg)._replace(precision=PRECISIONS[cell.precision])
@@ -115,6 +117,10 @@ class Watch(pl.Callback):
     def __init__(self, module: Pretraining, look: Callable | None) -> None:
         self.module, self.look, self.losses, self.clips = module, look, [], []
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Collect what the steps begin with."""
+        self.start = _collected(pl_module)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add up the shares of the losses."""
         means = torch.stack(list(pl_module.last["means"].values()))
@@ -123,18 +129,27 @@ class Watch(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Collect the state while the strategy holds it."""
-        tensors = {k: v.clone() for k, v in state.collect(pl_module, pl_module.update, pl_module.ema).items()}
         scale = pl_module.update.scale
-        self.found = Found(tensors, self.losses, pl_module.cursor, scale and scale.value, self.clips)
+        self.found = Found(self.start, _collected(pl_module), self.losses, pl_module.cursor, scale and scale.value, self.clips)
         if self.look is not None:
             self.look(pl_module)
 
 
-def merged(found: list[Found]) -> dict[str, Tensor]:
+def merged(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the whole state from the shares of all ranks; every tensor must be given once."""
-    keys = [key for each in found for key in each.state]
+    keys = [key for share in shares for key in share]
     assert len(keys) == len(set(keys))
-    return {key: value for each in found for key, value in each.state.items()}
+    return {key: value for share in shares for key, value in share.items()}
+
+
+def ends(found: list[Found]) -> dict[str, Tensor]:
+    """Return the whole state after the last step."""
+    return merged([each.state for each in found])
+
+
+def _collected(module: Pretraining) -> dict[str, Tensor]:
+    assert module.update is not None
+    return {key: value.clone() for key, value in state.collect(module, module.update, module.ema).items()}
 
 
 def _parts(system: Any) -> dict[str, Any]:
@@ -179,6 +194,7 @@ def _whole(cell: Cell, step: int) -> Batch:
         text_ids=ids.masked_fill(~text_mask, 0),
         text_mask=text_mask,
         word_ids=torch.arange(TEXT_LENGTH).expand(GLOBAL_BATCH, -1).masked_fill(~text_mask, -1),
+        **one_text(GLOBAL_BATCH),
         valid=valid,
         status=(~valid).long(),
         sample_id=torch.arange(GLOBAL_BATCH) + GLOBAL_BATCH * step,
