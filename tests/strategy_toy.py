@@ -130,7 +130,9 @@ class Watch(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Collect the state while the strategy holds it."""
         scale = pl_module.update.scale
-        self.found = Found(self.start, _collected(pl_module), self.losses, pl_module.cursor, scale and scale.value, self.clips)
+        self.found = Found(
+            self.start, _collected(pl_module), self.losses, pl_module.cursor, scale and scale.value, self.clips
+        )
         if self.look is not None:
             self.look(pl_module)
 
@@ -184,7 +186,9 @@ def _whole(cell: Cell, step: int) -> Batch:
     valid = torch.ones(GLOBAL_BATCH, dtype=torch.bool)
     valid[GLOBAL_BATCH - 1] = False  # a tombstone in every step
     if cell.source == "empty":
-        valid[:] = (torch.arange(GLOBAL_BATCH) % (GLOBAL_BATCH // cell.accumulate)) >= GLOBAL_BATCH // cell.accumulate // 2
+        valid[:] = (
+            torch.arange(GLOBAL_BATCH) % (GLOBAL_BATCH // cell.accumulate)
+        ) >= GLOBAL_BATCH // cell.accumulate // 2
     text_mask = torch.arange(TEXT_LENGTH) < words[:, None]
     ids = torch.randint(5, 64, (GLOBAL_BATCH, TEXT_LENGTH), generator=draw)
     return Batch(
