@@ -106,7 +106,7 @@ def test_the_average_comes_back_and_fills_a_module_in_place_of_the_weights():
 
 def test_a_state_without_an_average_is_refused_where_one_is_kept():
     module, update = trained(0)
-    with pytest.raises(ValueError, match="no averaged weights; keep optim.ema_decay"):
+    with pytest.raises(ValueError, match=r"no averaged weights; keep optim\.ema_decay"):
         state.restore(module, update, Ema(update.weights(), decay=0.5), Memory(state.collect(module, update, None)))
 
 

@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import operator
 import os
 import re
 import sys
@@ -515,7 +516,7 @@ def _value_errors(tree: Mapping) -> Iterator[str]:
     trainer, data, clip, run = tree["trainer"], tree["data"], tree["clip"], tree["run"]
     for (words, is_met), paths in _RANGES.items():
         for path in paths:
-            value = functools.reduce(lambda node, key: node[key], path.split("."), tree)
+            value = functools.reduce(operator.getitem, path.split("."), typing.cast(Any, tree))
             if value is not None and not is_met(value):
                 yield f"{path}: {value} is not possible; it must be {words}."
     if not NAME.fullmatch(run["name"]):

@@ -114,6 +114,7 @@ class MetricsLog(pl.Callback):
         step_s, wait_s = (sum(column) / len(self.window) for column in zip(*self.window, strict=True))
         self.window.clear()
         num_clips = sum(len(micro.valid) for micro in batch.batches) * dist.world_size()
+        assert pl_module.update is not None
         rate = pl_module.update.optimizer.param_groups[0]
         values = {
             "train/lr": rate["lr"] / rate["lr_factor"],

@@ -92,7 +92,7 @@ def export(source: Source, out: Path, *, averaged: bool) -> int:
         ConfigError: `averaged` is asked for where the run kept no average. StopRun: the file cannot be written, or does
             not give the outputs of the checkpoint; nothing is left then.
     """
-    if averaged and not any(key.startswith("ema/") for key in source.stored.keys()):
+    if averaged and not source.stored.under("ema"):
         raise config.ConfigError([f"--ema: {source.stored.path} holds no averaged weights; export without it."])
     system, module = filled(source.cfg, source.stored, averaged=averaged)
     facts = {"step": source.stored.step, "averaged": averaged, "config": source.stored.facts["config"]}
@@ -220,8 +220,8 @@ def _hugging_face(name: str, part: HuggingFaceText, source: Source, out: Path) -
         again = HuggingFaceText(**facts, name=str(temporary)).eval()
         batch = _batch(source.cfg)
         with torch.inference_mode():
-            pairs = [{name: each(batch.text_ids, batch.text_mask)} for each in (part.eval(), again)]
-        _compare(*pairs, place)
+            one, two = ({name: each(batch.text_ids, batch.text_mask)} for each in (part.eval(), again))
+        _compare(one, two, place)
     return f"{name}: transformers' from_pretrained('{place}'); in a config text.name={place}"
 
 

@@ -27,7 +27,7 @@ class Precision(NamedTuple):
         return torch.autocast(device.type, dtype=self.compute, enabled=on, cache_enabled=cache)
 
     def convert(self, module: nn.Module) -> None:
-        """Cast the floating point parameters; buffers stay, because tables of positions and scales need their digits."""
+        """Cast the floating point parameters; buffers stay: tables of positions and scales need their digits."""
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.weights)

@@ -2,8 +2,8 @@
 
     micro (forward, backward) x K -> norm of the global gradient -> step, or discard -> clamp
 
-A tensor that belongs to a parameter is seen as the `Share` of it that this rank holds: all of it, or a piece under ZeRO.
-State that is kept beside the weights (moments, averages) has the same shares, so nothing else knows the strategy.
+A tensor that belongs to a parameter is seen as the `Share` of it that this rank holds: all of it, or a piece under
+ZeRO. State that is kept beside the weights (moments, averages) has the same shares, so nothing else knows the strategy.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as the parameter; its "s
 
 
 class Share(NamedTuple):
-    """What this rank holds of a tensor: the n `values` stand at `start` of the flattened whole of `shape`; n may be 0."""
+    """What this rank holds of a tensor: n values, perhaps none, from `start` of the flattened whole of `shape`."""
 
     values: Tensor  # live: writing into it changes the state
     start: int
@@ -143,7 +143,7 @@ class PlainUpdate:
                 parameter.grad = torch.zeros_like(parameter)
             elif self.scale is not None:
                 parameter.grad.div_(self.scale.value)
-        return nn.utils.get_total_norm([p.grad for p in self.trained.values()])
+        return nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
 
     def step(self, norm: Tensor) -> None:
         """Clip, move, forget the gradient."""

@@ -2,8 +2,8 @@
 
     ZeRO-1 shards the optimizer's state and the float32 masters, ZeRO-2 the gradients too, ZeRO-3 the weights too
 
-torch's fused AdamW moves the shards, also where they are offloaded to the host, so nothing has to be compiled. Overflow,
-loss scale and clipping follow `vlp.training.update`: DeepSpeed is given the norm that has just been taken.
+torch's fused AdamW moves the shards, also where they are offloaded to the host, so nothing has to be compiled.
+Overflow, loss scale and clipping follow `vlp.training.update`: DeepSpeed is given the norm that has just been taken.
 
 Source: arXiv:1910.02054.
 """
