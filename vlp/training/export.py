@@ -217,7 +217,8 @@ def _hugging_face(name: str, part: HuggingFaceText, source: Source, out: Path) -
         if Path(tokenizer).is_file():
             shutil.copy(tokenizer, temporary / "tokenizer.json")
         facts = {"vocab_size": section.vocab_size, "pad_id": section.pad_id, "max_length": section.max_length}
-        again = HuggingFaceText(**facts, name=str(temporary)).eval()
+        again = HuggingFaceText(**facts, name=str(temporary))
+        again.eval()
         batch = _batch(source.cfg)
         with torch.inference_mode():
             one, two = ({name: each(batch.text_ids, batch.text_mask)} for each in (part.eval(), again))
