@@ -43,22 +43,21 @@ def cells(precisions: Iterable[str] = TOLERANCE) -> list[Cell]:
     return [Cell(s, f, z, k, precision=p, steps=3 if s == "mixed" else 2, more=SPLIT) for p, s, f, z, k in axes]
 
 
-def run(chosen: Iterable[Cell]) -> Iterator[Row]:
-    """Train each cell on two processes and on one; yields as they end.
+def run(chosen: Iterable[Cell], one: RankPool, two: RankPool) -> Iterator[Row]:
+    """Train each cell on the two processes and on the one; yields as they end.
 
     Raises:
         TimeoutError: a cell hangs.
     """
     references: dict[Cell, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-    with RankPool(1) as one, RankPool(2) as two:
-        for cell in chosen:
-            alone = cell._replace(strategy="auto", more=())
-            if alone not in references:
-                (reference,) = one.run(train, alone, timeout_s=TIMEOUT_S)
-                references[alone] = reference.start, reference.state
-            began = time.monotonic()
-            found = ends(two.run(train, cell, timeout_s=TIMEOUT_S))
-            yield Row(cell, deviation(*references[alone], found), time.monotonic() - began)
+    for cell in chosen:
+        alone = cell._replace(strategy="auto", more=())
+        if alone not in references:
+            (reference,) = one.run(train, alone, timeout_s=TIMEOUT_S)
+            references[alone] = reference.start, reference.state
+        began = time.monotonic()
+        found = ends(two.run(train, cell, timeout_s=TIMEOUT_S))
+        yield Row(cell, deviation(*references[alone], found), time.monotonic() - began)
 
 
 def deviation(start: dict[str, Tensor], expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float:
@@ -86,11 +85,12 @@ def table(rows: Iterable[Row]) -> str:
 def main(precisions: list[str]) -> int:
     """Print each cell and the table; return 1 if any deviates."""
     began, rows = time.monotonic(), []
-    for row in run(cells(precisions or TOLERANCE)):
-        rows.append(row)
-        cell = row.cell
-        name = f"{cell.precision} {cell.source} {cell.freeze} {cell.strategy} x{cell.accumulate}"
-        print(f"{name:<44} {row.deviation:.1e} {row.seconds:5.1f} s{'' if row.good else '  DEVIATES'}", flush=True)
+    with RankPool(1) as one, RankPool(2) as two:
+        for row in run(cells(precisions or TOLERANCE), one, two):
+            rows.append(row)
+            cell = row.cell
+            name = f"{cell.precision} {cell.source} {cell.freeze} {cell.strategy} x{cell.accumulate}"
+            print(f"{name:<44} {row.deviation:.1e} {row.seconds:5.1f} s{'' if row.good else '  DEVIATES'}", flush=True)
     good = sum(row.good for row in rows)
     print(f"\n{table(rows)}\n{good} of {len(rows)} cells agree, none hung; {time.monotonic() - began:.0f} s")
     return int(good < len(rows))

@@ -1,12 +1,16 @@
 """Strategies on two and four real processes: the same steps as one, and a state that fits all of them."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import grid
 import pytest
 import torch
 from rank_pool import RankPool
 from strategy_toy import Cell, Found, ends, train
+from tiny_runs import overrides
 
 from vlp.layers.temperature import Temperature
 
@@ -31,11 +35,11 @@ def two() -> Iterator[RankPool]:
 def share_of_the_grid() -> list[Cell]:
     """Each strategy with each source, and each frozen part and accumulation with each strategy, but not all of all."""
     found = grid.cells(["32-true"])
-    return [cell for number, cell in enumerate(found) if number % 9 == 0] + grid.cells([MIXED])[49::31]
+    return [cell for number, cell in enumerate(found) if number % 11 == 0] + grid.cells([MIXED])[49::31]
 
 
-def test_a_share_of_the_grid_agrees_with_one_process(monkeypatch):
-    rows = list(grid.run(share_of_the_grid()))
+def test_a_share_of_the_grid_agrees_with_one_process(one, two):
+    rows = list(grid.run(share_of_the_grid(), one, two))
     assert {row.cell.strategy for row in rows} == set(grid.STRATEGIES)
     assert [row for row in rows if not row.good] == []
 
@@ -111,3 +115,14 @@ def test_the_temperature_is_held_at_its_bounds(two, strategy):
     tight = ("model.temperature.init=0.07", "model.temperature.min_temperature=0.0699")
     tight += ("model.temperature.max_temperature=0.07", "optim.lr=100")
     two.run(train, Cell("video", strategy=strategy, steps=1, more=(*grid.SPLIT, *tight)), None, 0, hold_bounds)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_shards_tokenizer_and_codebooks_are_made_before_the_ranks_meet(tmp_path, strategy):
+    scale = [f"+scale=[tiny,{strategy}]", "trainer.devices=2", "trainer.max_steps=1"]
+    words = [word for word in overrides(tmp_path, "order", *scale) if word != "+scale=tiny"]
+    line = [sys.executable, "tests/prepare_order.py", str(tmp_path / "notes"), *words]
+    done = subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    notes = sorted((tmp_path / "notes").read_text().split("\n"))[1:]
+    assert notes == sorted(f"{rank} {name} False" for rank in (0, 1) for name in ("sources", "tokenizer", "fit_parts"))
