@@ -2,6 +2,7 @@
 
     StepBatch: micro-batches of one optimizer step
       -> ForwardPass each -> counts of all micro-batches and ranks, one all-reduce
+      -> embeddings of all micro-batches without gradient, for objectives over the whole step
       -> objectives -> Term(total, count) -> combine -> backward
       -> norm, check, clip and step, clamp, average
 
@@ -29,6 +30,8 @@ from vlp.training.ema import Ema
 from vlp.training.precision import LossScale, Precision
 from vlp.training.strategy import update_of
 from vlp.training.update import Update, showing
+from vlp.training.whole_step import WholeStep
+from vlp.types import Term
 
 LOGIT_SCALE = Node("logit_scale")
 
@@ -83,6 +86,7 @@ class Pretraining(pl.LightningModule):
         self.ema: Ema | None = None
         self.counters: dict[str, Any] = {name: objective.count for name, objective in objectives.items()}
         self.count_wirings = {name: _count_wiring(objectives[name], wiring) for name, wiring in wirings.items()}
+        self.whole_step = WholeStep(objectives, wirings)
         self.cursor = 0  # steps of the plan that are done, skipped ones included: the data position
         self.num_skipped = 0
         self.stored: state.Stored | None = None  # the checkpoint that the run continues from
@@ -115,11 +119,15 @@ class Pretraining(pl.LightningModule):
         """Continue from a checkpoint, once the strategy is set up."""
         self.cursor, self.num_skipped, self.stored, self.scale_state = cursor, num_skipped, stored, scale
 
-    def forward(self, forward: ForwardPass, counts: Mapping[str, Tensor]) -> Combined:
-        """Return the loss of a micro-batch; the strategies wrap this call."""
+    def autocast(self) -> AbstractContextManager:
+        """Return the context in which the model computes; ZeRO-3 releases weights, so it keeps no copies of them."""
         assert self.update is not None
-        with self.recipe.precision.autocast(self.device, cache=not self.update.frozen_sharded):
-            terms = {name: self.objectives[name](*forward.roles(wiring)) for name, wiring in self.wirings.items()}
+        return self.recipe.precision.autocast(self.device, cache=not self.update.frozen_sharded)
+
+    def forward(self, number: int, forward: ForwardPass, counts: Mapping[str, Tensor]) -> Combined:
+        """Return the loss of micro-batch `number`; the strategies wrap this call."""
+        with self.autocast():
+            terms = self.terms(number, forward)
         if LOGIT_SCALE in forward.values:  # for the log: under ZeRO-3 it cannot be read between steps
             self.last["logit_scale"] = forward.values[LOGIT_SCALE].detach()
         return combine(terms, self.weights, counts)
@@ -128,19 +136,32 @@ class Pretraining(pl.LightningModule):
         """Do one optimizer step on a StepBatch."""
         started, update = time.perf_counter(), self.update
         assert update is not None
-        torch.manual_seed(mix(self.recipe.seed, self.cursor, dist.rank()) & 0x7FFF_FFFF)
         optim.set_rate(update.optimizer, self.recipe.schedule(self.cursor, self.recipe.max_steps))
         passes = [ForwardPass(self.model, micro, self.graph) for micro in batch.batches]
         counts = global_counts(self.sum_counts(passes))
+        with self.autocast():
+            self.whole_step.prepare(passes, self.seed)
         means = dict.fromkeys(self.wirings, torch.zeros((), device=self.device))
         for number, forward in enumerate(passes):
             with update.micro(last=number == len(passes) - 1):
-                combined = update.forward(forward, counts)
+                self.seed(number)
+                combined = update.forward(number, forward, counts)
                 update.backward(combined.loss)
             means = {name: mean + combined.means[name] for name, mean in means.items()}
+            forward.values.clear()  # or the outputs of all micro-batches would pile up
         norm = update.norm()
         self.move(update, norm, means, batch)
         self.note(batch, means, counts, norm, started)
+
+    def seed(self, number: int) -> None:
+        """Restart the random stream of this step's micro-batch `number` on this rank: dropout needs no history."""
+        torch.manual_seed((mix(self.recipe.seed, self.cursor, dist.rank()) + number) & 0x7FFF_FFFF)
+
+    def terms(self, number: int, forward: ForwardPass) -> dict[str, Term]:
+        """Return what the objectives give for micro-batch `number`; those over the whole step come first."""
+        terms = self.whole_step.terms(number, forward)
+        own = {n: w for n, w in self.wirings.items() if n not in terms}  # all ranks in the same order
+        return terms | {name: self.objectives[name](*forward.roles(wiring)) for name, wiring in own.items()}
 
     def sum_counts(self, passes: list[ForwardPass]) -> dict[str, Tensor]:
         """Return the number of items of each objective in this rank's micro-batches, before any encoder runs."""
