@@ -4,14 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from vlp.training import optim
 from vlp.training.ema import Ema
+from vlp.training.update import PlainUpdate, showing
 
 
-def make() -> nn.Module:
+def make(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, PlainUpdate]:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 5))
+    module = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 5)).to(dtype)
     module[1].requires_grad_(False)
-    return module
+    chosen = optim.settings(module, layer_decay=None, lr_factors={})
+    optimizer = optim.adamw(chosen, lr=1, betas=[0, 0], eps=1, weight_decay=0)
+    return module, PlainUpdate(module, module, optimizer, max_norm=None, scale=None)
 
 
 def set_weights(module: nn.Module, value: float) -> None:
@@ -21,74 +25,49 @@ def set_weights(module: nn.Module, value: float) -> None:
 
 
 def test_average_follows_the_formula_and_forgets_the_start():
-    module, expected = make(), 1.0
+    (module, update), expected = make(), 1.0
     set_weights(module, 1.0)
-    ema = Ema(module, decay=0.5)
+    ema = Ema(update.weights(), decay=0.5)
     for step in range(1, 8):
         set_weights(module, float(step))
-        ema.update(module, step)
+        ema.update(update.weights(), step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    torch.testing.assert_close(ema.average["0.weight"], torch.full((3, 2), expected))
+    torch.testing.assert_close(ema.average["0.weight"].values, torch.full((3, 2), expected))
 
 
 def test_only_trainable_parameters_are_averaged():
-    assert set(Ema(make(), decay=0.9).average) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert set(Ema(make()[1].weights(), decay=0.9).average) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
 def test_average_is_float32_and_apart_from_the_weights():
-    module = make().bfloat16()
-    ema = Ema(module, decay=0.9)
+    module, update = make(torch.bfloat16)
+    ema = Ema(update.weights(), decay=0.9)
     set_weights(module, 7.0)
-    assert ema.average["0.bias"].dtype == torch.float32 and not (ema.average["0.bias"] == 7).any()
+    values = ema.average["0.bias"].values
+    assert values.dtype == torch.float32 and not (values == 7).any()
 
 
-def test_applied_lends_the_average_and_gives_the_weights_back():
-    module = make()
-    ema, before = Ema(module, decay=0.9), [p.clone() for p in module.parameters()]
+def test_showing_lends_the_average_and_gives_the_weights_back():
+    module, update = make()
+    ema, before = Ema(update.weights(), decay=0.9), [p.clone() for p in module.parameters()]
     set_weights(module, 2.0)
-    with ema.applied(module):
+    with showing(update, module, ema.average):
         assert torch.is_grad_enabled()
         assert torch.equal(module[0].weight, before[0]) and (module[1].weight == 2).all()
     assert all((p == 2).all() for p in module.parameters())
 
 
-def test_applied_gives_the_weights_back_after_an_exception():
-    module = make()
-    ema = Ema(module, decay=0.9)
+def test_showing_gives_the_weights_back_after_an_exception():
+    module, update = make()
+    ema = Ema(update.weights(), decay=0.9)
     set_weights(module, 2.0)
-    with pytest.raises(RuntimeError, match="inside"), ema.applied(module):
+    with pytest.raises(RuntimeError, match="inside"), showing(update, module, ema.average):
         raise RuntimeError("inside")
-    assert (module[0].weight == 2).all()
+    assert all((p == 2).all() for p in module.parameters())
 
 
-def test_load_continues_from_a_stored_average():
-    ema, other = Ema(make(), decay=0.9), Ema(make(), decay=0.9)
-    set_weights(module := make(), 3.0)
-    other.update(module, 1)
-    ema.load(other.average)
-    assert all(torch.equal(ema.average[name], value) for name, value in other.average.items())
-    assert ema.average["0.weight"] is not other.average["0.weight"]
-
-
-@pytest.mark.parametrize("change", ["missing", "unknown"])
-def test_load_refuses_other_parameters(change):
-    ema = Ema(make(), decay=0.9)
-    average = {name: value for name, value in ema.average.items() if name != "2.bias"}
-    if change == "unknown":
-        average = {**ema.average, "9.bias": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"differ in 1 names \((2|9).bias\); freeze the same parts"):
-        ema.load(average)
-
-
-def test_the_average_follows_the_module_to_another_device():
-    module = make()
-    ema = Ema(module, decay=0.9)
-    ema.update(module.to("meta"), 1)
-    assert {value.device.type for value in ema.average.values()} == {"meta"}
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 2.0])
-def test_a_decay_outside_the_unit_interval_is_refused(decay):
-    with pytest.raises(ValueError, match=r"optim.ema_decay=.* must lie between 0 and 1, for example 0.999; null"):
-        Ema(make(), decay=decay)
+@pytest.mark.parametrize("decay", [0.0, 1.0, -1.0, 2.0])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(ValueError, match=r"optim.ema_decay=.* between 0 and 1"):
+        Ema({}, decay=decay)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from strategy_toy import Memory
 from torch import nn
 
-from vlp.training import checkpoint, optim, state
+from vlp.training import optim, state
 from vlp.training.ema import Ema
+from vlp.training.update import PlainUpdate
 
 
 class Tied(nn.Module):
@@ -15,123 +17,102 @@ class Tied(nn.Module):
         self.head.weight = self.words.weight
         self.register_buffer("table", torch.arange(6.0))
         self.register_buffer("start", self.table[:2])  # begins where `table` begins
+        self.register_buffer("same", self.table)
         self.register_buffer("nothing", torch.zeros(0))
         self.frozen = nn.Linear(2, 3).requires_grad_(False)
 
-
-def test_module_state_stores_tied_tensors_once_and_everything_else():
-    assert list(state.module_state(Tied())) == [
-        "table", "start", "nothing", "words.weight", "head.bias", "frozen.weight", "frozen.bias",
-    ]  # fmt: skip
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(x)).square().sum()
 
 
-def test_load_module_fills_weights_buffers_and_tied_tensors():
-    first, second = Tied(), Tied()
-    first.table.add_(10)
-    state.load_module(second, {n: t.detach().clone() for n, t in state.module_state(first).items()})
-    for name, value in first.state_dict().items():
-        assert torch.equal(second.state_dict()[name], value), name
-    assert second.head.weight is second.words.weight
+def update_of(module: nn.Module) -> PlainUpdate:
+    chosen = optim.settings(module, layer_decay=None, lr_factors={"*.bias": 0.1})
+    optimizer = optim.adamw(chosen, lr=0.1, betas=[0.9, 0.9], eps=1e-8, weight_decay=0.1)
+    return PlainUpdate(module, module, optimizer, max_norm=None, scale=None)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"table": None}, r"missing \['table'\], unknown \[\], other shape \[\] \(1, 0, 0 in all\)"),
-        ({"more": torch.zeros(2)}, r"missing \[\], unknown \['more'\]"),
-        ({"table": torch.zeros(5)}, r"other shape \['table'\]"),
-        ({"table": torch.zeros(1)}, r"other shape \['table'\]"),
-    ],
-)
-def test_load_module_refuses_what_does_not_fit(change, message):
+def one_step(update: PlainUpdate, step: int) -> None:
+    update.backward(update.forward(torch.tensor([step, step + 1])))
+    update.step(update.norm())
+
+
+def trained(num_steps: int) -> tuple[nn.Module, PlainUpdate]:
+    torch.manual_seed(num_steps)
     module = Tied()
-    tensors = {**state.module_state(module), **change}
-    with pytest.raises(ValueError, match=message):
-        state.load_module(module, {name: value for name, value in tensors.items() if value is not None})
-
-
-def trained(num_steps: int) -> tuple[nn.Module, torch.optim.AdamW]:
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
-    optimizer = optim.adamw(
-        optim.settings(module, layer_decay=None, lr_factors={"0.*": 0.1}),
-        lr=0.1,
-        betas=[0.9, 0.9],
-        eps=1e-8,
-        weight_decay=0.1,
-    )
+    update = update_of(module)
     for step in range(num_steps):
-        one_step(module, optimizer, step)
-    return module, optimizer
+        one_step(update, step)
+    return module, update
 
 
-def one_step(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    optimizer.zero_grad()
-    module(torch.full((1, 2), step + 1.0)).square().sum().backward()
-    optimizer.step()
+def test_tied_tensors_are_given_once_and_everything_else_is_there():
+    names = {"table", "start", "nothing", "words.weight", "head.bias", "frozen.weight", "frozen.bias"}
+    assert set(state.collect(*trained(0), None)) == {f"model/{name}" for name in names}
+    assert set(state.once(Tied())) == names
+    assert state.tied_names(Tied()) == {"head.weight": "words.weight", "same": "table"}
 
 
-def test_an_optimizer_continues_bit_for_bit_after_save_and_load(tmp_path):
-    module, optimizer = trained(3)
-    tensors = state.collect(module, optimizer, None, rank=0, world_size=1)
-    path = checkpoint.save(tmp_path, step=3, state=checkpoint.State(tensors, {}), keep=2)
-    fresh, other = trained(0)
-    state.load_optimizer(other, state.restore(fresh, None, checkpoint.open_checkpoint(path)))
-    one_step(module, optimizer, 3), one_step(fresh, other, 3)
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), fresh.parameters(), strict=True))
+def test_a_state_comes_back_with_its_ties_buffers_and_frozen_tensors():
+    first, second = trained(1), trained(0)
+    first[0].table.add_(10)
+    state.restore(*second, None, Memory(state.collect(*first, None)))
+    for name, value in first[0].state_dict().items():
+        assert torch.equal(second[0].state_dict()[name], value), name
+    assert second[0].head.weight is second[0].words.weight
 
 
-def test_optimizer_state_is_keyed_by_parameter_name():
-    keys = state.optimizer_state(trained(1)[1])
-    assert set(keys) == {
-        f"{k}/{i}.{n}" for k in ("step", "exp_avg", "exp_avg_sq") for i in (0, 1) for n in ("weight", "bias")
-    }
+def test_training_continues_bit_for_bit():
+    first, second = trained(3), trained(0)
+    state.restore(*second, None, Memory({k: v.clone() for k, v in state.collect(*first, None).items()}))
+    for _, update in (first, second):
+        one_step(update, 3)
+    assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
 
 
-def test_load_optimizer_without_tensors_starts_afresh():
-    _, optimizer = trained(0)
-    state.load_optimizer(optimizer, {})
-    assert not optimizer.state
-
-
-def test_load_optimizer_puts_everything_on_the_device_of_the_parameter():
-    _, optimizer = trained(1)
-    tensors = state.optimizer_state(optimizer)
-    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5)).to("meta")
-    other = optim.adamw(
-        optim.settings(module, layer_decay=None, lr_factors={}), lr=1, betas=[0, 0], eps=1, weight_decay=0
-    )
-    state.load_optimizer(other, tensors)  # fused AdamW refuses a step count on another device
-    assert {value.device.type for value in state.optimizer_state(other).values()} == {"meta"}
+def test_moments_are_keyed_by_parameter_name_and_absent_before_the_first_step():
+    keys = {key for key in state.collect(*trained(1), None) if key.startswith("optimizer/")}
+    names = ("words.weight", "head.bias")
+    assert keys == {f"optimizer/{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in names}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exp_avg/9.weight": torch.zeros(1)}, "state for '9.weight', which is not trained"),
-        ({f"{kind}/1.bias": None for kind in ("step", "exp_avg", "exp_avg_sq")}, "no optimizer state for '1.bias'"),
+        ({"model/table": None}, r"missing \['model/table'\], unknown \[\], other shape \[\] \(1, 0, 0 in all\)"),
+        ({"model/more": torch.zeros(2)}, r"missing \[\], unknown \['model/more'\]"),
+        ({"model/table": torch.zeros(5)}, r"other shape \['model/table'\]"),
+        ({"model/words.weight": torch.zeros(21)}, r"other shape \['model/words.weight'\]"),
+        ({"optimizer/exp_avg/9.weight": torch.zeros(1)}, "state for '9.weight', which is not trained"),
+        ({"optimizer/exp_avg/head.bias": None}, "no optimizer state for 'head.bias'"),
     ],
 )
-def test_load_optimizer_refuses_other_parameters(change, message):
-    tensors = {**state.optimizer_state(trained(1)[1]), **change}
+def test_a_state_that_does_not_fit_is_refused(change, message):
+    tensors = {**state.collect(*trained(1), None), **change}
     with pytest.raises(ValueError, match=message):
-        state.load_optimizer(trained(0)[1], {name: value for name, value in tensors.items() if value is not None})
+        state.restore(*trained(0), None, Memory({name: value for name, value in tensors.items() if value is not None}))
 
 
-def test_the_average_comes_back_with_the_weights(tmp_path):
-    module, optimizer = trained(1)
-    ema, other = Ema(module, decay=0.5), Ema(trained(0)[0], decay=0.5)
-    one_step(module, optimizer, 1), ema.update(module, 1)
-    saved = checkpoint.State(state.collect(module, optimizer, ema, rank=0, world_size=1), {})
-    path = checkpoint.save(tmp_path, step=1, state=saved, keep=2)
-    state.restore(module, other, checkpoint.open_checkpoint(path))
-    assert all(torch.equal(other.average[name], value) for name, value in ema.average.items())
+def test_the_average_comes_back_and_fills_a_module_in_place_of_the_weights():
+    module, update = trained(1)
+    ema, (other, fresh) = Ema(update.weights(), decay=0.5), trained(0)
+    one_step(update, 1), ema.update(update.weights(), 1)
+    saved, second = Memory(state.collect(module, update, ema)), Ema(fresh.weights(), decay=0.5)
+    state.restore(other, fresh, second, saved)
+    assert all(torch.equal(second.average[n].values, share.values) for n, share in ema.average.items())
+    for averaged, expected in ((True, ema.average["head.bias"].values), (False, module.head.bias)):
+        state.fill(other, saved, averaged=averaged)
+        assert torch.equal(other.head.bias, expected)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_shares_are_disjoint_complete_and_even(world_size):
-    tensors = {f"model/{n}": torch.zeros(n) for n in (1, 2, 3, 5, 7, 11, 13, 17)}
-    shares = [state.share(tensors, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert sorted(key for each in shares for key in each) == sorted(tensors)
-    loads = [sum(tensor.nbytes for tensor in each.values()) for each in shares]
-    assert max(loads) <= max(sum(loads) / world_size + 4 * 7, 4 * 17)
+def test_a_state_without_an_average_is_refused_where_one_is_kept():
+    module, update = trained(0)
+    with pytest.raises(ValueError, match=r"no averaged weights; keep optim\.ema_decay"):
+        state.restore(module, update, Ema(update.weights(), decay=0.5), Memory(state.collect(module, update, None)))
+
+
+@pytest.mark.parametrize("num_writers", [1, 2, 3, 7])
+def test_owners_have_about_as_many_bytes_each(num_writers):
+    sizes = {str(n): n for n in (1, 2, 3, 5, 7, 11, 13, 17)}
+    owners = state.owners_of(sizes, num_writers)
+    loads = [sum(sizes[key] for key, owner in owners.items() if owner == rank) for rank in range(num_writers)]
+    assert owners.keys() == sizes.keys() and max(loads) <= max(sum(loads) / num_writers + 7, 17)

@@ -2,8 +2,7 @@
 
 Sections are typed here. Parts (`video`, `objective.*`, ...) are open maps whose `_target_` names the class that is
 built; their keys are checked against its signature. Hydra's struct mode stops a typo on the command line only; one in
-an experiment file would be merged silently, so everything is checked again after composition, and all findings are
-reported at once.
+an experiment file would be merged silently, so all is checked after composition, and all findings are reported at once.
 """
 
 import dataclasses
@@ -11,6 +10,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import operator
 import os
 import re
 import sys
@@ -60,11 +60,20 @@ class Run:
 
 
 @dataclasses.dataclass
+class Zero:
+    offload_optimizer: bool  # moments and float32 masters in the memory of the host
+    offload_parameters: bool  # the weights too, between their uses; zero3 only
+    bucket_elements: int  # most numbers of one reduction or gathering
+    persistent_elements: int  # zero3: parameters up to this size stay whole on every rank
+
+
+@dataclasses.dataclass
 class Trainer:
     max_steps: int
     accumulate: int  # micro-batches of an optimizer step
     precision: str
-    strategy: str
+    strategy: str  # auto | ddp | zero1 | zero2 | zero3
+    zero: Zero  # read by zero1 to zero3 only
     devices: int | str
     num_nodes: int
     clip_grad_norm: float | None
@@ -526,8 +535,7 @@ def _value_errors(tree: Mapping) -> Iterator[str]:
     trainer, data, clip, run = tree["trainer"], tree["data"], tree["clip"], tree["run"]
     for (words, is_met), paths in _RANGES.items():
         for path in paths:
-            section, _, key = path.partition(".")
-            value = tree[section][key]
+            value = functools.reduce(operator.getitem, path.split("."), typing.cast(Any, tree))
             if value is not None and not is_met(value):
                 yield f"{path}: {value} is not possible; it must be {words}."
     if not NAME.fullmatch(run["name"]):
@@ -540,6 +548,8 @@ def _value_errors(tree: Mapping) -> Iterator[str]:
             f"data.num_lanes: {data['num_lanes']} does not divide data.batch_size={data['batch_size']}; "
             f"set data.num_lanes to one of {_divisors(data['batch_size'])}."
         )
+    if trainer["zero"]["offload_parameters"] and trainer["strategy"] != "zero3":
+        yield f"trainer.zero.offload_parameters: {trainer['strategy']} cannot; set trainer.strategy=zero3."
     if clip["short_side"] < clip["size"]:
         yield f"clip.short_side: {clip['short_side']} is below clip.size={clip['size']}; set it to at least clip.size."
     betas = tree["optim"]["betas"]
@@ -551,28 +561,27 @@ def _value_errors(tree: Mapping) -> Iterator[str]:
 
 _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
     ("at least 1", lambda value: value >= 1): (
-        "run.stop_after",
         *(f"trainer.{key}" for key in ("max_steps", "accumulate", "log_every", "checkpoint_every")),
-        *(f"trainer.{key}" for key in ("num_nodes", "num_threads", "keep_checkpoints")),
-        *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards", "bucket_steps")),
-        *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length"),
         *("eval.every", "eval.batch_size"),
+        *(f"trainer.{key}" for key in ("num_nodes", "num_threads", "keep_checkpoints", "zero.bucket_elements")),
+        *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards", "bucket_steps")),
+        *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length", "run.stop_after"),
         *(f"cluster.{key}" for key in ("nodes", "gpus_per_node", "cores_per_node", "num_clips")),
     ),
     ("0 or more", lambda value: value >= 0): (
-        *("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
+        *("trainer.max_skipped_steps", "trainer.zero.persistent_elements", "data.num_workers", "optim.weight_decay"),
         *(f"cluster.{key}" for key in ("reserved_gib", "launch_us", "save_stall_s", "save_write_s", "restart_s")),
     ),
     ("above 0", lambda value: value > 0): (
-        *("optim.lr", "optim.eps", "trainer.clip_grad_norm"),
-        *("cluster.network_gb_s", "cluster.epochs", "cluster.gpu_mtbf_hours"),
+        *("optim.lr", "optim.eps", "trainer.clip_grad_norm", "cluster.network_gb_s", "cluster.epochs"),
+        "cluster.gpu_mtbf_hours",
     ),
     ("between 0 and 1", lambda value: 0 <= value <= 1): ("trainer.bad_sample_budget", "data.holdout"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay", "cluster.utilisation"),
     ("above 0 and below 1", lambda value: 0 < value < 1): ("optim.ema_decay",),
 }
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-_STRATEGIES = ("auto", "ddp")
+_STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3")
 
 
 def _divisors(number: int) -> str:

@@ -70,11 +70,7 @@ class Loaded:
     def _model(self, stored: checkpoint.Stored) -> nn.Module:
         system = assemble(self.cfg)
         trained = nn.ModuleDict({"model": system.model, "objectives": nn.ModuleDict(system.objectives)})
-        state.load_module(trained, stored.under("model"))
-        parameters = dict(trained.named_parameters())
-        with torch.no_grad():
-            for name, value in stored.under("ema").items():
-                parameters[name].copy_(value)
+        state.fill(trained, stored, averaged=True)
         return system.model.eval()
 
     def _frames(self, path: Path) -> Tensor:

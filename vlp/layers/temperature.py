@@ -35,19 +35,21 @@ class Temperature(nn.Module):
             )
         self.log_space = log_space
         self.bounds = (min_temperature, max_temperature)
-        value = torch.tensor(-math.log(init) if log_space else init)
+        value = torch.tensor([-math.log(init) if log_space else init])  # [1]: DeepSpeed shards no number without axes
         self.value = nn.Parameter(value, requires_grad=learnable)
 
     def forward(self) -> Tensor:
         """Return the scale, 1 / temperature, a scalar float32."""
-        value = self.value.float()
+        value = self.value.float().squeeze(0)
         return value.exp() if self.log_space else 1 / value
+
+    @property
+    def value_bounds(self) -> tuple[float, float]:
+        """Return the bounds of `value`, inside which the training brings it back after every step."""
+        low, high = self.bounds
+        return (-math.log(high), -math.log(low)) if self.log_space else (low, high)
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Bring the temperature back inside its bounds; called after every optimizer step."""
-        low, high = self.bounds
-        if self.log_space:
-            self.value.clamp_(-math.log(high), -math.log(low))
-        else:
-            self.value.clamp_(low, high)
+        """Bring the temperature back inside its bounds."""
+        self.value.clamp_(*self.value_bounds)

@@ -125,7 +125,8 @@ class MetricsLog(pl.Callback):
         step_s, wait_s = (sum(column) / len(self.window) for column in zip(*self.window, strict=True))
         self.window.clear()
         num_clips = sum(len(micro.valid) for micro in batch.batches) * dist.world_size()
-        rate = trainer.optimizers[0].param_groups[0]
+        assert pl_module.update is not None
+        rate = pl_module.update.optimizer.param_groups[0]
         values = {
             "train/lr": rate["lr"] / rate["lr_factor"],
             "time/step_s": step_s,
@@ -133,9 +134,8 @@ class MetricsLog(pl.Callback):
             "time/decode_s": batch.decode_s,
             "data/clips_per_s": num_clips / step_s,
         }
-        temperature = getattr(pl_module.model, "temperature", None)
-        if temperature is not None:
-            values["train/logit_scale"] = float(temperature().detach())
+        if "logit_scale" in pl_module.last:
+            values["train/logit_scale"] = float(pl_module.last["logit_scale"])
         return values
 
 
@@ -239,7 +239,7 @@ class Commit(pl.Callback):
 
 
 class Evaluation(pl.Callback):
-    """Runs the evaluation every `every` steps, without the last, which `launch` does after training."""
+    """Runs the evaluation every `every` steps and after the last one, while the strategy still holds the model."""
 
     def __init__(
         self, run: Callable[[Pretraining], Mapping[str, float]], *, every: int | None, log: MetricsLog
@@ -254,6 +254,11 @@ class Evaluation(pl.Callback):
             return
         self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
         pl_module.on_train_start()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Pretraining) -> None:
+        """Evaluate what was trained, unless the run was told to stop before."""
+        if pl_module.cursor >= pl_module.recipe.max_steps:
+            self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
 
 
 class NonFiniteNotes(pl.Callback):

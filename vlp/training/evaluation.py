@@ -1,7 +1,6 @@
 """Evaluation of the model in training: the tasks of the config, on each source's test split."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ class Evaluator:
     def __call__(self, module: Pretraining) -> dict[str, float]:
         """Evaluate on every source; write `eval/`, return the scores to be logged."""
         scores: dict[str, float] = {}
-        with module.ema.applied(module) if module.ema is not None else nullcontext():
+        with module.alone():
             for name in self.data.sources:
                 result = evaluate(
                     module.model,

@@ -47,12 +47,13 @@ from vlp.training.callbacks import (
     Saving,
     write_note,
 )
-from vlp.training.ema import Ema
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
+from vlp.training.precision import PRECISIONS
 from vlp.training.saver import Saver
+from vlp.training.strategy import STRATEGIES, Needs
 from vlp.training.traces import refuse_silent_start
 
 
@@ -101,6 +102,8 @@ def recipe_of(cfg: DictConfig) -> Recipe:
         schedule=config.build(cfg.schedule, "schedule"),
         max_steps=cfg.trainer.max_steps,
         clip_grad_norm=cfg.trainer.clip_grad_norm,
+        precision=PRECISIONS[cfg.trainer.precision],
+        ema_decay=cfg.optim.ema_decay,
         nan_policy=cfg.trainer.nan_policy,
         max_skipped_steps=cfg.trainer.max_skipped_steps,
         seed=cfg.run.seed,
@@ -165,6 +168,8 @@ class Attempt:
         self._restore()
         if not self.module.cursor:
             raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{self.directory} holds no valid checkpoint; train the run first.")
+        assert self.module.stored is not None
+        state.fill(self.module, self.module.stored, averaged=True)
         scores = self.evaluator(self.module)
         write_report(self.directory)
         return scores
@@ -221,9 +226,8 @@ class Attempt:
             optim.settings(module, layer_decay=recipe.layer_decay, lr_factors=recipe.lr_factors)
         except ValueError as error:
             raise config.ConfigError([str(error)]) from None
-        if cfg.optim.ema_decay is not None:
-            module.ema = Ema(module, decay=cfg.optim.ema_decay)
         prepare.fit_parts(module, self.data, self.directory, seed=cfg.run.seed)
+        recipe.precision.convert(module)  # before any strategy takes hold of the parameters
         return module
 
     def _loader(self, start_step: int) -> Any:
@@ -255,8 +259,7 @@ class Attempt:
         if facts["fingerprints"] != self.data.fingerprints():
             message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        optimizer_tensors = state.restore(self.module, self.module.ema, stored)
-        self.module.resume(facts["cursor"], facts["num_skipped"], optimizer_tensors)
+        self.module.resume(facts["cursor"], facts["num_skipped"], stored, facts["loss_scale"])
 
     def _introduce(self) -> None:
         """Write what is known before the first step, and print it."""
@@ -295,20 +298,18 @@ class Attempt:
         callbacks.append(Saving(self.saver, log.write))
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
-        trainer = self._trainer(callbacks)
-        trainer.fit(self.module)
-        if not commit.stopped:
-            log.write(trainer, self.module.cursor, self.evaluator(self.module))
+        self._trainer(callbacks).fit(self.module)
         return commit.stopped
 
     def _trainer(self, callbacks: list[Any]) -> pl.Trainer:
-        section = self.cfg.trainer
+        section, recipe = self.cfg.trainer, self.module.recipe
+        many = section.devices if isinstance(section.devices, str) else section.devices * section.num_nodes
+        needs = Needs(recipe.precision, recipe.clip_grad_norm, many, plain(section.zero))
         return pl.Trainer(
             accelerator="auto",
             devices=section.devices,
             num_nodes=section.num_nodes,
-            strategy=section.strategy,
-            precision=section.precision,
+            strategy=STRATEGIES[section.strategy](needs),
             max_epochs=1,
             logger=[config.build(node, "logger") for node in self.cfg.logger.values() if node and self.first],
             callbacks=callbacks,
@@ -322,17 +323,18 @@ class Attempt:
         )
 
     def _save(self, module: Pretraining) -> None:
-        """Commit a checkpoint; all ranks write their share."""
+        """Commit a checkpoint; every rank writes the tensors that it owns."""
+        assert module.update is not None
+        tensors = state.collect(module, module.update, module.ema)
         facts = {
             "cursor": module.cursor,
             "num_skipped": module.num_skipped,
+            "loss_scale": module.update.scale.state() if module.update.scale is not None else None,
             "fingerprints": self.data.fingerprints(),
             "plan_version": plan.VERSION,
             "config": plain(self.cfg),
             "seed": self.cfg.run.seed,
         }
-        optimizer: Any = module.optimizers(use_pl_optimizer=False)
-        tensors = state.collect(module, optimizer, module.ema, rank=dist.rank(), world_size=dist.world_size())
         note = {"step": module.cursor, "committed": True, "seen": copy.deepcopy(self.counting.seen)}
         saved = checkpoint.State(tensors, facts)
         self.saver.save(module.cursor, saved, then=lambda: self.record.update(**note))

@@ -1,115 +1,193 @@
-"""What a checkpoint holds of a run that trains, by key, and how it comes back.
+"""The state of a run as names and whole tensors, whatever the strategy and the number of ranks.
 
-model/NAME              weights and buffers of the model and of the objectives
-optimizer/KIND/NAME     moments and step counts by the name of their parameter
-ema/NAME                the average of the weights, only with optim.ema_decay
+    model/NAME             weights in the precision in which they move, frozen parameters and buffers; tied ones once
+    optimizer/KIND/NAME    AdamW's moments and step count
+    ema/NAME               the averaged weights
+
+`collect` splits the tensors among the ranks by bytes and puts one at a time together from its shares; `restore` fills
+any strategy on any number of ranks from such names. So there is no conversion between strategies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vlp.training.checkpoint import Stored
+from vlp import dist
 from vlp.training.ema import Ema
+from vlp.training.update import MOMENTS, Share, Update, gathered
 
 
-def collect(
-    module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, *, rank: int, world_size: int
-) -> dict[str, Tensor]:
-    """Return the tensors that this rank writes, where every rank holds all of them."""
-    tensors = {f"model/{name}": tensor for name, tensor in module_state(module).items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer_state(optimizer).items()}
-    if ema is not None:
-        tensors |= {f"ema/{name}": tensor for name, tensor in ema.average.items()}
-    return share(tensors, rank=rank, world_size=world_size)
+class Stored(Protocol):
+    """Where `restore` and `fill` read from; whole tensors are best mapped, for a share reads only its part."""
+
+    def keys(self) -> Iterable[str]:
+        """Return the names above."""
+        ...
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor."""
+        ...
 
 
-def restore(module: nn.Module, ema: Ema | None, stored: Stored) -> dict[str, Tensor]:
-    """Fill weights, buffers and the average; return the optimizer's tensors, for `load_optimizer` when there is one.
+class _Item(NamedTuple):
+    """One tensor of the state: how it is known here, and whether the other ranks hold the rest of it."""
+
+    key: str
+    share: Share
+    sharded: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.share.shape.numel() * self.share.values.element_size()
+
+
+@torch.no_grad()
+def collect(module: nn.Module, update: Update, ema: Ema | None, *, num_writers: int | None = None) -> dict[str, Tensor]:
+    """Return the whole tensors that this rank writes; each is given by exactly one rank, about as many bytes by each.
+
+    Every rank must call this. A tensor that is not sharded is returned as it is and not copied.
+
+    Args:
+        num_writers: the first so many ranks write; None is all of them.
+    """
+    items = list(_items(module, update, ema))
+    owners = owners_of({item.key: item.num_bytes for item in items}, num_writers or dist.world_size())
+    device, own = _device(module), {}
+    for key, share, sharded in items:
+        mine = owners[key] == dist.rank()
+        if sharded and dist.world_size() > 1:
+            whole = gathered(share, device=device, to=owners[key])
+            if mine:
+                own[key] = whole.to("cpu", share.values.dtype)
+        elif mine:
+            own[key] = share.values.detach().view(share.shape)
+    return own
+
+
+def owners_of(num_bytes: Mapping[str, int], num_writers: int) -> dict[str, int]:
+    """Give each key to a rank: the largest first, each to the rank that has least; the same on every rank."""
+    loads, owners = [0] * num_writers, {}
+    for key, size in sorted(num_bytes.items(), key=lambda item: (-item[1], item[0])):
+        owners[key] = loads.index(min(loads))
+        loads[owners[key]] += size
+    return owners
+
+
+@torch.no_grad()
+def restore(module: nn.Module, update: Update, ema: Ema | None, stored: Stored) -> None:
+    """Continue from a state, whatever strategy gave it.
 
     Raises:
-        ValueError: the checkpoint is of another module or of other trained parameters.
+        ValueError: it is of another model, of other trained parameters, or has no average where one is kept.
     """
-    load_module(module, stored.under("model"))
-    if ema is not None:
-        ema.load(stored.under("ema"))
-    return stored.under("optimizer")
+    keys = set(stored.keys())
+    _check_optimizer(keys, update)
+    weights = update.weights()
+    update.prepare_moments({n: float(stored.get(f"optimizer/step/{n}")) for n in weights if keys & _optimizer_keys(n)})
+    items = [item for item in _items(module, update, ema) if not item.key.startswith("optimizer/step/")]
+    _check_fit(items, stored, keys)
+    for key, share, _ in items:
+        share.take(stored.get(key))
+    update.publish()
 
 
-def share(tensors: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, Tensor]:
-    """Return this rank's part of what all ranks hold: the largest first, each to the rank with the fewest bytes."""
-    loads, mine = [0] * world_size, {}
-    for key in sorted(tensors, key=lambda key: (-tensors[key].nbytes, key)):
-        owner = loads.index(min(loads))
-        loads[owner] += tensors[key].nbytes
-        if owner == rank:
-            mine[key] = tensors[key]
-    return mine
+@torch.no_grad()
+def fill(module: nn.Module, stored: Stored, *, averaged: bool) -> None:
+    """Fill a module on one process with the weights of a state, with the averaged ones where it has any.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    keys = set(stored.keys())
+    items = [_Item(f"model/{name}", Share(tensor, 0, tensor.shape), False) for name, tensor in once(module).items()]
+    _check_fit(items, stored, keys)
+    for key, share, _ in items:
+        name = key.removeprefix("model/")
+        share.take(stored.get(f"ema/{name}" if averaged and f"ema/{name}" in keys else key))
 
 
-def module_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return weights and buffers; a tensor that two names share is stored once, under its first name."""
-    seen: set[tuple] = set()
-    state = {}
-    for name, tensor in module.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place in seen and tensor.numel():
+def once(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and stored buffers; one that two names share is given once, under its first name."""
+    parameters = dict(module.named_parameters())
+    return {n: p.detach() for n, p in parameters.items()} | _buffers(module)
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Return for each further name of a tensor the name under which `once` gives it."""
+    state = module.state_dict(keep_vars=True)
+    kept = {_place(tensor): name for name, tensor in reversed(state.items())}
+    return {n: kept[_place(tensor)] for n, tensor in state.items() if kept[_place(tensor)] != n}
+
+
+def _items(module: nn.Module, update: Update, ema: Ema | None) -> Iterator[_Item]:
+    """Every tensor of the state, in the same order on every rank."""
+    for name, share in update.weights().items():
+        yield _Item(f"model/{name}", share, update.sharded)
+    for name, share in update.frozen().items():
+        yield _Item(f"model/{name}", share, update.frozen_sharded)
+    for name, tensor in _buffers(module).items():
+        yield _Item(f"model/{name}", Share(tensor, 0, tensor.shape), False)
+    for name, share in update.moments().items():
+        yield _Item(f"optimizer/{name}", share, update.sharded)
+    for name, step in update.steps().items():
+        yield _Item(f"optimizer/step/{name}", Share(torch.tensor(step), 0, torch.Size()), False)
+    for name, share in (ema.average if ema is not None else {}).items():
+        yield _Item(f"ema/{name}", share, update.sharded)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of the state dict, each place in memory once."""
+    found, seen = {}, set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter) or (_place(tensor) in seen and tensor.numel()):
             continue
-        seen.add(place)
-        state[name] = tensor
-    return state
+        seen.add(_place(tensor))
+        found[name] = tensor.detach()
+    return found
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill weights and buffers; every tensor of the module must be there, and no other.
+def _place(tensor: Tensor) -> tuple:
+    """What two names of one tensor have in common; parameters under ZeRO-3 are empty, so theirs is the object."""
+    if isinstance(tensor, nn.Parameter):
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.shape, tensor.stride())
 
-    Raises:
-        ValueError: missing or unknown names, or other shapes.
-    """
-    own = module_state(module)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+
+def _optimizer_keys(name: str) -> set[str]:
+    return {f"optimizer/{kind}/{name}" for kind in ("step", *MOMENTS)}
+
+
+def _check_optimizer(keys: set[str], update: Update) -> None:
+    stored = {key.split("/", 2)[2] for key in keys if key.startswith("optimizer/")}
+    trained = update.weights().keys()
+    other = sorted(stored - trained)
+    if other:
+        raise ValueError(
+            f"the checkpoint has optimizer state for '{other[0]}', which is not trained; freeze the same parts."
+        )
+    bare = sorted(name for name in trained if stored and not _optimizer_keys(name) <= keys)
+    if bare:
+        raise ValueError(
+            f"the checkpoint has no optimizer state for '{bare[0]}', which is trained; freeze it as before."
+        )
+
+
+def _check_fit(items: Iterable[_Item], stored: Stored, keys: set[str]) -> None:
+    own = {item.key: item.share.shape for item in items}
+    kinds = {key.partition("/")[0] for key in own}
+    theirs = {key for key in keys if key.partition("/")[0] in kinds and not key.startswith("optimizer/step/")}
+    if "ema" in kinds and not any(key.startswith("ema/") for key in keys):
+        raise ValueError("the checkpoint has no averaged weights; keep optim.ema_decay as it was.")
+    missing, unknown = sorted(own.keys() - theirs), sorted(theirs - own.keys())
+    shapes = [key for key in sorted(own.keys() & theirs) if own[key] != stored.get(key).shape]
     if missing or unknown or shapes:
         raise ValueError(
             f"the checkpoint does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}, other shape "
             f"{shapes[:3]} ({len(missing)}, {len(unknown)}, {len(shapes)} in all); use the config it was made with."
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state tensors by "kind/parameter name"."""
-    return {
-        f"{kind}/{name}": value
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the optimizer's state from `optimizer_state`.
-
-    Raises:
-        ValueError: a tensor that belongs to no trained parameter, or a trained parameter without any.
-    """
-    owners = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if name not in owners:
-            raise ValueError(
-                f"the checkpoint has optimizer state for '{name}', which is not trained; freeze the same parts."
-            )
-        optimizer.state[owners[name]][kind] = value.clone().to(owners[name].device)  # fused AdamW counts there as well
-    bare = sorted(name for name, parameter in owners.items() if tensors and not optimizer.state.get(parameter))
-    if bare:
-        raise ValueError(
-            f"the checkpoint has no optimizer state for '{bare[0]}', which is trained; freeze it as before."
-        )
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

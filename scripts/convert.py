@@ -1,0 +1,48 @@
+"""Convert checkpoints, whatever strategy and number of ranks wrote them.
+
+    python scripts/convert.py export RUN_OR_CHECKPOINT OUT.safetensors [--ema]    one file with every tensor
+    python scripts/convert.py parts RUN_OR_CHECKPOINT OUT_DIR [--ema]             Hugging Face and timm layouts
+
+What is written has been loaded again and compared with the checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from vlp.training import export
+from vlp.training.exits import reported
+
+
+def main(arguments: list[str]) -> int:
+    """Convert as the command line says; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, out in (("export", _export, "OUT.safetensors"), ("parts", _parts, "OUT_DIR")):
+        command = commands.add_parser(name, help=run.__doc__)
+        command.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+        command.add_argument("out", type=Path, metavar=out)
+        command.add_argument("--ema", action="store_true", help="the averaged weights")
+        command.set_defaults(run=run)
+    chosen = parser.parse_args(arguments)
+    return reported(lambda: chosen.run(chosen))
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    """Write one safetensors file with every frozen, tied and buffer tensor."""
+    source = export.open_source(chosen.source)
+    count = export.export(source, chosen.out, averaged=chosen.ema)
+    print(f"{chosen.out}: {count} tensors of step {source.stored.step}; its outputs are those of the checkpoint")
+    return 0
+
+
+def _parts(chosen: argparse.Namespace) -> int:
+    """Write the parts that have a Hugging Face or timm layout."""
+    print("\n".join(export.export_parts(export.open_source(chosen.source), chosen.out, averaged=chosen.ema)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,239 @@
+"""From a checkpoint of any strategy to one safetensors file, and to the layouts that other libraries read.
+
+A file is only kept if a model that is built from the run's config and filled from the file computes what the model that
+is filled from the checkpoint computes: every quantity and every loss on a batch, to the last bit.
+
+Axes: B clips, T frames, H W pixels, L text length.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from vlp import config
+from vlp.encoders.text import HuggingFaceText
+from vlp.encoders.timm_video import TimmFrames
+from vlp.forward import ForwardPass
+from vlp.training import checkpoint, state
+from vlp.training.assemble import System, assemble, wanted
+from vlp.training.exits import Exit, StopRun
+from vlp.types import Batch, one_text
+
+_NUM_CLIPS = 3  # of the batch that the models are compared on
+
+
+class Source(NamedTuple):
+    """What is converted: a checkpoint, the config it was made with, and the run it belongs to."""
+
+    stored: checkpoint.Stored
+    cfg: DictConfig
+    run: Path
+
+
+class File:
+    """An exported file as `state.fill` reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+        self._names = set(self._file.keys())
+
+    def keys(self) -> list[str]:
+        """Return "model/NAME" of every tensor."""
+        return [f"model/{name}" for name in self._names]
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor."""
+        return self._file.get_tensor(key.removeprefix("model/"))
+
+
+def open_source(path: Path) -> Source:
+    """Open a run's directory at its newest valid checkpoint, or one checkpoint's directory.
+
+    Raises:
+        ConfigError: there is no run, or its config is not one. StopRun: there is no valid checkpoint.
+    """
+    if (path / "manifest.json").exists():
+        try:
+            stored = checkpoint.open_checkpoint(path)
+        except ValueError as error:
+            raise StopRun(Exit.NO_VALID_CHECKPOINT, str(error)) from None
+        cfg, run = DictConfig(stored.facts["config"]), path.absolute().parent.parent
+    elif (path / "config.yaml").exists():
+        found, refused = checkpoint.newest_valid(path / "checkpoints")
+        if found is None:
+            lines = "; ".join(refused) or "train the run first"
+            raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{path} holds no valid checkpoint: {lines}.")
+        stored, run = found, path
+        cfg = DictConfig(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    else:
+        raise config.ConfigError([f"{path}: neither a run (config.yaml) nor a checkpoint (manifest.json) is here."])
+    messages = config.check(cfg)  # it may come from a stranger: it is data, checked like any config
+    if messages:
+        raise config.ConfigError([f"config of {path}: {line}" for line in messages])
+    return Source(stored, cfg, run)
+
+
+def export(source: Source, out: Path, *, averaged: bool) -> int:
+    """Write every frozen, tied and buffer tensor of the model and the objectives to one file; return their number.
+
+    Raises:
+        ConfigError: `averaged` is asked for where the run kept no average. StopRun: the file cannot be written, or does
+            not give the outputs of the checkpoint; nothing is left then.
+    """
+    if averaged and not source.stored.under("ema"):
+        raise config.ConfigError([f"--ema: {source.stored.path} holds no averaged weights; export without it."])
+    system, module = filled(source.cfg, source.stored, averaged=averaged)
+    facts = {"step": source.stored.step, "averaged": averaged, "config": source.stored.facts["config"]}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+    with _kept_if_good(out) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "vlp": json.dumps(facts)})
+        again, _ = filled(source.cfg, File(temporary), averaged=False, ties=True)
+        _compare(outputs(system, source.cfg), outputs(again, source.cfg), out)
+    return len(tensors)
+
+
+def export_parts(source: Source, out: Path, *, averaged: bool) -> list[str]:
+    """Write each part that another library can read in that library's layout; return one line on each, how to use it.
+
+    Raises:
+        ConfigError: no part has such a layout. StopRun: as `export`.
+    """
+    system, _ = filled(source.cfg, source.stored, averaged=averaged)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        write(name, part, source, out)
+        for name, part in system.model.named_children()
+        for kind, write in _LAYOUTS.items()
+        if isinstance(part, kind)
+    ]
+    if not lines:
+        known = " and ".join(kind.__name__ for kind in _LAYOUTS)
+        raise config.ConfigError([f"no part of this model has a layout of another library; {known} have one."])
+    return lines
+
+
+def filled(cfg: DictConfig, stored: state.Stored, *, averaged: bool, ties: bool = False) -> tuple[System, nn.Module]:
+    """Build the system of a config and fill it; with `ties`, from a file that names a tied tensor more than once."""
+    torch.manual_seed(1 if ties else 0)  # so that a tensor that is not filled is seen
+    system = assemble(cfg)
+    module = nn.ModuleDict({"model": system.model, "objectives": nn.ModuleDict(system.objectives)})
+    twice = {f"model/{name}" for name in state.tied_names(module)} if ties else set()
+    state.fill(module, _Without(stored, twice), averaged=averaged)
+    return system, module.eval()
+
+
+@torch.inference_mode()
+def outputs(system: System, cfg: DictConfig) -> dict[str, Any]:
+    """Return every node of the step's plan, and every objective's term, on a batch that the config describes."""
+    torch.manual_seed(0)
+    forward = ForwardPass(system.model, _batch(cfg), system.graph)
+    results: dict[str, Any] = {
+        f"objective {name}": system.objectives[name](*forward.roles(wiring)) for name, wiring in system.wirings.items()
+    }
+    return results | {
+        str(step.node): forward.take(str(step.node)) for step in system.graph.plan(wanted(system.wirings))
+    }
+
+
+class _Without:
+    """A state without some of its keys."""
+
+    def __init__(self, stored: state.Stored, left_out: set[str]) -> None:
+        self._stored, self._left_out = stored, left_out
+
+    def keys(self) -> Iterable[str]:
+        return set(self._stored.keys()) - self._left_out
+
+    def get(self, key: str) -> Tensor:
+        return self._stored.get(key)
+
+
+def _batch(cfg: DictConfig) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    size, time, length = cfg.clip.size, cfg.clip.num_frames, cfg.tokenizer.max_length
+    rows = (_NUM_CLIPS, length)
+    return Batch(
+        frames=torch.randint(0, 256, (_NUM_CLIPS, time, size, size, 3), dtype=torch.uint8, generator=draw),
+        frame_mask=torch.ones(_NUM_CLIPS, time, dtype=torch.bool),
+        times_s=torch.arange(time).float().expand(_NUM_CLIPS, time),
+        text_ids=torch.randint(0, cfg.tokenizer.vocab_size, rows, generator=draw),
+        text_mask=torch.ones(rows, dtype=torch.bool),
+        word_ids=torch.arange(length).expand(rows),
+        **one_text(_NUM_CLIPS),
+        valid=torch.ones(_NUM_CLIPS, dtype=torch.bool),
+        status=torch.zeros(_NUM_CLIPS, dtype=torch.int64),
+        sample_id=torch.arange(_NUM_CLIPS),
+        key=torch.randint(0, 2**62, (_NUM_CLIPS,), generator=draw),
+    )
+
+
+def _compare(expected: Mapping[str, Any], actual: Mapping[str, Any], out: Path) -> None:
+    for name, value in expected.items():
+        pairs = zip(_tensors(value), _tensors(actual[name]), strict=True)
+        if not all(torch.equal(one, two) for one, two in pairs):
+            raise StopRun(Exit.BUG, f"{out}: '{name}' differs from what the checkpoint gives; nothing was written.")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _kept_if_good(out: Path) -> Iterator[Path]:
+    """Give a temporary place beside `out`, which takes its name if the block ends well and is gone otherwise."""
+    temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise StopRun(Exit.CANNOT_CREATE, f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _hugging_face(name: str, part: HuggingFaceText, source: Source, out: Path) -> str:
+    """Write config, weights and the run's tokenizer as `from_pretrained` expects them."""
+    section = source.cfg.tokenizer
+    place = out / name
+    with _kept_if_good(place) as temporary:
+        part.model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer = section.name or str(source.run / "tokenizer.json")
+        if Path(tokenizer).is_file():
+            shutil.copy(tokenizer, temporary / "tokenizer.json")
+        facts = {"vocab_size": section.vocab_size, "pad_id": section.pad_id, "max_length": section.max_length}
+        again = HuggingFaceText(**facts, name=str(temporary))
+        again.eval()
+        batch = _batch(source.cfg)
+        with torch.inference_mode():
+            one, two = ({name: each(batch.text_ids, batch.text_mask)} for each in (part.eval(), again))
+        _compare(one, two, place)
+    return f"{name}: transformers' from_pretrained('{place}'); in a config text.name={place}"
+
+
+def _timm(name: str, part: TimmFrames, source: Source, out: Path) -> str:
+    """Write the weights of the image backbone under timm's names."""
+    place = out / f"{name}.safetensors"
+    tensors = {key: tensor.detach().clone().contiguous() for key, tensor in part.backbone.state_dict().items()}
+    with _kept_if_good(place) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        _compare({name: list(tensors.values())}, {name: [File(temporary).get(key) for key in tensors]}, place)
+    return f"{name}: timm's create_model(..., checkpoint_path='{place}'); in a config video.checkpoint_path={place}"
+
+
+_LAYOUTS: Mapping[type, Callable[..., str]] = {HuggingFaceText: _hugging_face, TimmFrames: _timm}
