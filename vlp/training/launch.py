@@ -3,53 +3,63 @@
 import datetime
 import logging
 import sys
+import threading
 import time
-import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.strategies.launchers import subprocess_script
 
 from vlp import config, dist
 from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
 from vlp.data.shard_cache import ShardCache
+from vlp.eval.runner import StoppedError
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
+from vlp.training import checkpoint, endings, environment, history, optim, prepare, redact, run_dir, signals, summary
 from vlp.training.assemble import System, assemble, plain
-from vlp.training.callbacks import (
-    Bar,
-    Commit,
-    Counting,
-    DataBudgetError,
-    Evaluation,
-    MetricsLog,
-    NonFiniteNotes,
-    write_note,
-)
+from vlp.training.callbacks import Bar, Commit, Counting, Endings, Evaluation, Marks, MetricsLog, Rehearsal
 from vlp.training.ema import Ema
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
+from vlp.training.guard import Guard, Limits
+from vlp.training.lease import Lease
+from vlp.training.ledger import Ledger
 from vlp.training.metrics_csv import MetricsCsv
-from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
+from vlp.training.module import Pretraining, Recipe
+from vlp.training.stopping import Wish
+from vlp.training.trackers import Trackers, public_facts
+from vlp.training.watchdog import Ending, Watchdog
+
+_COLLECTIVE_TIMEOUT_S = 1800.0  # of gloo and NCCL: they stand behind the watchdog, and evaluations may be uneven
 
 
 def main(overrides: Sequence[str]) -> int:
     """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
+    return run(lambda: config.load(overrides))
+
+
+def run(load: Callable[[], DictConfig]) -> int:
+    """Train the config that is loaded inside; return the exit code."""
     quiet()
-    return reported(lambda: train(config.load(overrides)))
+    with signals.listening():
+        return reported(lambda: train(load()))
 
 
 def quiet() -> None:
     """Keep the greetings and tips of libraries off the screen; their errors still show."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    subprocess_script._launch_process_observer = lambda processes: None  # kills rank 0 before it can say why
 
 
 def train(cfg: DictConfig) -> int:
@@ -67,10 +77,26 @@ def train(cfg: DictConfig) -> int:
         for block in blocks_of(system.model):
             block.compile()
     directory = Path(cfg.paths.runs) / cfg.run.name
+    ranks = environment.ranks(devices=cfg.trainer.devices, num_nodes=cfg.trainer.num_nodes)
+    _refuse_layout(cfg, ranks.world_size)
     run_dir.create(directory)
     first = environment.is_first_process()
-    with run_dir.locked(directory) if first else nullcontext():
-        return Attempt(cfg, system, directory, first=first).run()
+    with run_dir.locked(directory) if first else nullcontext() as lease:
+        return Attempt(cfg, system, directory, first=first, ranks=ranks, lease=lease).run()
+
+
+def _refuse_layout(cfg: DictConfig, world_size: int) -> None:
+    """Find before any group forms that a number of ranks cannot share the batch; the message lists those that can."""
+    data = cfg.data
+    try:
+        plan.check_layout(
+            global_batch=data.batch_size,
+            num_lanes=data.num_lanes,
+            world_size=world_size,
+            accumulate=cfg.trainer.accumulate,
+        )
+    except ValueError as error:
+        raise config.ConfigError([str(error)]) from None
 
 
 def recipe_of(cfg: DictConfig) -> Recipe:
@@ -82,8 +108,6 @@ def recipe_of(cfg: DictConfig) -> Recipe:
         schedule=config.build(cfg.schedule, "schedule"),
         max_steps=cfg.trainer.max_steps,
         clip_grad_norm=cfg.trainer.clip_grad_norm,
-        nan_policy=cfg.trainer.nan_policy,
-        max_skipped_steps=cfg.trainer.max_skipped_steps,
         seed=cfg.run.seed,
     )
 
@@ -91,43 +115,56 @@ def recipe_of(cfg: DictConfig) -> Recipe:
 class Attempt:
     """One attempt at a run: from a fresh start or from its newest checkpoint to its end, whatever that is."""
 
-    def __init__(self, cfg: DictConfig, system: System, directory: Path, *, first: bool) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        system: System,
+        directory: Path,
+        *,
+        first: bool,
+        ranks: environment.Ranks,
+        lease: Lease | None,
+    ) -> None:
         self.cfg, self.system, self.directory, self.first = cfg, system, directory, first
+        self.plain = redact.tree(plain(cfg))  # what may be written down
+        self.ranks, self.lease = ranks, lease
         self.started = time.monotonic()
         if cfg.trainer.num_threads is not None:
             torch.set_num_threads(cfg.trainer.num_threads)
-        run_dir.refuse_other_config(directory, plain(cfg))
         self.record = run_dir.Record(directory, writes=first)
-        self.data = self._data()
-        self.module = self._module()
-        self.evaluator = Evaluator(
-            system, plain(cfg.eval.tasks), self.data, batch_size=cfg.eval.batch_size, directory=directory
+        self.watchdog = Watchdog(
+            directory,
+            session=ranks.session,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout_s=cfg.trainer.timeout_s,
+            at_end=self._end_by_watchdog,
+            launcher=ranks.launcher,
         )
+        self.code: Exit | None = None  # once it is known why this attempt ends early
+        self.wish = Wish(steps=cfg.run.stop_after, seconds=self._seconds_left())
 
     def run(self) -> int:
         """Train, evaluate and report; return the exit code."""
-        self._restore()
-        self._introduce()
-        if self.module.cursor >= self.cfg.trainer.max_steps:
-            return self._already_done()
-        code, status, start = Exit.BUG, "failed", self.module.cursor
-        try:
-            stopped = self._fit()
-            code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
-        except NonFiniteLossError as error:
-            code = self._explain(Exit.NON_FINITE, error)
-            write_note(self.directory, str(error))
-        except DataBudgetError as error:
-            code = self._explain(Exit.DATA_BUDGET, error)
-        except ValueError as error:
-            if self.module.cursor == start and _refused_by_a_part(error):
-                code = self._explain(Exit.BAD_CONFIG, error)
-            else:
-                traceback.print_exc()
-        except Exception:  # a bug: the traceback is for us, the record is for the report
-            traceback.print_exc()
-        self._finish(code, status)
-        return code
+        with self.watchdog:
+            try:
+                self._begin()
+            except (config.ConfigError, StopRun) as error:
+                self._tell(error, quietly=True)
+                raise
+            if self._is_done():
+                return self._already_done()
+            self._introduce()
+            code, status = Exit.BUG, "failed"
+            try:
+                stopped = self._fit()
+                code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
+            except Exception as error:  # whatever it was, the record and the report say so
+                self._tell(error)
+                assert self.code is not None
+                code, status = self.code, "preempted" if self.code == Exit.PREEMPTED else "failed"
+            self._finish(code, status)
+            return code
 
     def evaluate_only(self) -> dict[str, float]:
         """Score the newest checkpoint and rewrite the report.
@@ -135,12 +172,48 @@ class Attempt:
         Raises:
             StopRun: there is no checkpoint.
         """
+        self._open()
         self._restore()
         if not self.module.cursor:
             raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{self.directory} holds no valid checkpoint; train the run first.")
         scores = self.evaluator(self.module)
         write_report(self.directory)
         return scores
+
+    def _begin(self) -> None:
+        """Open everything and continue from the newest checkpoint; a signal stops it at the next line."""
+        if self.first:
+            run_dir.clear_sessions(self.directory, keep=self.ranks.session)
+            history.refuse_crash_loop(self.record.values, self.directory, hold_after=self.cfg.run.hold_after)
+            for line in run_dir.changes(self.directory, self.plain, allow=list(self.cfg.run.allow)):
+                print(line, flush=True)
+        for do in (self._open, self._restore, lambda: None):
+            if (why := self.wish()) is not None:
+                raise StopRun(Exit.PREEMPTED, f"stopped {why} before the first step of this attempt.")
+            do()
+
+    def _open(self) -> None:
+        self.data = self._data()
+        self.module = self._module()
+        self.evaluator = Evaluator(
+            self.system,
+            plain(self.cfg.eval.tasks),
+            self.data,
+            batch_size=self.cfg.eval.batch_size,
+            directory=self.directory,
+        )
+        self.evaluator.is_stopping = self.wish
+
+    def _is_done(self) -> bool:
+        """A run that was stopped in its last evaluation is not done."""
+        reached = self.module.cursor >= self.cfg.trainer.max_steps
+        return reached and self.record.values.get("status") == "finished"
+
+    def _seconds_left(self) -> float | None:
+        """Return how long this job may still run, by the config and by the scheduler."""
+        end = environment.end_of_job()
+        known = [self.cfg.trainer.max_time_s, None if end is None else end - time.time()]
+        return min((seconds for seconds in known if seconds is not None), default=None)
 
     def _data(self) -> VideoTextData:
         cfg = self.cfg
@@ -181,7 +254,9 @@ class Attempt:
             graph=system.graph,
             recipe=recipe,
             loader=self._loader,
+            guard=self._guard(),
         )
+        module.mark = self.watchdog.mark
         try:
             optim.freeze(module, cfg.optim.freeze)
             optim.settings(module, layer_decay=recipe.layer_decay, lr_factors=recipe.lr_factors)
@@ -191,6 +266,30 @@ class Attempt:
             module.ema = Ema(module, decay=cfg.optim.ema_decay)
         prepare.fit_parts(module, self.data, self.directory, seed=cfg.run.seed)
         return module
+
+    def _guard(self) -> Guard:
+        def name_sample(source: int, sample: int) -> dict[str, str]:
+            reader = self.data.reader(list(self.data.sources)[source], "train")
+            return {"key": reader.key_of(sample), "shard": redact.text(reader.shard_of(sample))}
+
+        limits = Limits(**{key: self.cfg.trainer[key] for key in Limits._fields})
+        path = self.directory / "bad_steps.jsonl"
+        return Guard(limits, path=path, rewind=self._rewind, name_sample=name_sample)
+
+    def _rewind(self) -> Mapping[str, Any] | None:
+        """Put weights, optimizer and average back to the newest checkpoint, the one that rank 0 finds."""
+        path, _ = checkpoint.newest_valid(self.directory / "checkpoints")
+        name = run_dir.everyone_like_first(path.name if path else None)
+        if name is None:
+            return None
+        stored = checkpoint.load(self.directory / "checkpoints" / name)
+        optimizer: Any = self.module.optimizers(use_pl_optimizer=False)
+        checkpoint.load_module(self.module, stored.model)
+        optimizer.state.clear()
+        checkpoint.load_optimizer(optimizer, stored.optimizer)
+        if self.module.ema is not None:
+            self.module.ema.load(stored.ema)
+        return stored.facts
 
     def _loader(self, start_step: int) -> Any:
         return self.data.train_loader(
@@ -226,25 +325,44 @@ class Attempt:
         if facts["fingerprints"] != self.data.fingerprints():
             message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.module.resume(facts["cursor"], facts["num_skipped"], self.restored.optimizer)
+        self.module.resume(facts["cursor"], self.restored.optimizer)
+        self.module.guard.memory.load(facts["guard"])
+        self.module.scaler_values = facts["loss_scale"]
 
     def _introduce(self) -> None:
         """Write what is known before the first step, and print it."""
         if not self.first:
             return
-        attempts = self.record.values.get("attempts", 0) + 1
-        self.record.update(**summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts)
+        reached = max((entry["to"] for entry in history.closed(self.record.values, self.directory)), default=0)
+        self.attempt = history.begin(
+            self.record,
+            self.directory,
+            session=self.ranks.session,
+            step=self.module.cursor,
+            world_size=self.ranks.world_size,
+        )
+        self.record.update(**redact.tree(summary.facts(self.cfg, self.system, self.module, self.data)))
         run_dir.write_json(self.directory / "graph.json", summary.graph(self.system, self.module))
-        text = OmegaConf.to_yaml(self.cfg, resolve=True)
+        text = yaml.safe_dump(self.plain, sort_keys=False, allow_unicode=True)
         (self.directory / "config.yaml").write_text(text, encoding="utf-8")
         print(summary.text(self.cfg, self.system, self.module, self.record.values, self.evaluator.skipped), flush=True)
+        if reached > self.module.cursor:
+            lost = reached - self.module.cursor
+            print(f"continuing at step {self.module.cursor}: {lost} later steps were not saved and are done again")
 
     def _fit(self) -> bool:
         """Train to the last step or until told to stop; return whether it was told to."""
         cfg = self.cfg
+        attempt = self.attempt if self.first else 0
         csv = MetricsCsv(self.directory / "metrics.csv", after_step=self.module.cursor) if self.first else None
-        log = MetricsLog(csv, every=cfg.trainer.log_every)
-        commit = Commit(self._save, every=cfg.trainer.checkpoint_every, stop_after=cfg.run.stop_after)
+        self.trackers = Trackers(plain(cfg.logger) if self.first else {}, public_facts(self.plain))
+        log = MetricsLog(csv, self.trackers, every=cfg.trainer.log_every, attempt=attempt)
+        commit = Commit(
+            self._save,
+            every=cfg.trainer.checkpoint_every,
+            wish=self.wish,
+            check_replicas_every=cfg.trainer.check_replicas_every,
+        )
         self.counting = Counting(
             list(self.data.sources),
             budget=cfg.trainer.bad_sample_budget,
@@ -252,25 +370,35 @@ class Attempt:
             seen=self.record.values.get("seen", {}),
         )
         evaluation = Evaluation(self.evaluator, every=cfg.eval.every, log=log)
-        callbacks: list[Any] = [self.counting, log, NonFiniteNotes(self.directory), evaluation, commit]
+        self.ledger = Ledger(self.directory / "ledger.jsonl", attempt=attempt, world_size=self.ranks.world_size)
+        callbacks: list[Any] = [Endings(self._tell), Rehearsal(), self.counting, log, evaluation, commit]
+        if cfg.trainer.ledger:
+            callbacks.insert(-2, self.ledger)
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
-        trainer = self._trainer(callbacks)
+        trainer = self._trainer([*callbacks, Marks(self.watchdog.mark)])
         trainer.fit(self.module)
-        if not commit.stopped:
+        return commit.stopped or not self._evaluate_last(trainer, log)
+
+    def _evaluate_last(self, trainer: pl.Trainer, log: MetricsLog) -> bool:
+        """Score what was trained; return False if the run is told to stop meanwhile."""
+        self.watchdog.mark("evaluation")
+        try:
             log.write(trainer, self.module.cursor, self.evaluator(self.module))
-        return commit.stopped
+        except StoppedError:
+            return False
+        return True
 
     def _trainer(self, callbacks: list[Any]) -> pl.Trainer:
         section = self.cfg.trainer
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator="auto",
             devices=section.devices,
             num_nodes=section.num_nodes,
-            strategy=section.strategy,
+            strategy=self._strategy(),
             precision=section.precision,
             max_epochs=1,
-            logger=[config.build(node, "logger") for node in self.cfg.logger.values() if node and self.first],
+            logger=False,  # ours are fed by threads of their own
             callbacks=callbacks,
             limit_val_batches=0,
             num_sanity_val_steps=0,
@@ -279,17 +407,30 @@ class Attempt:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        # Lightning would answer a signal with a collective inside the handler, and a requeue of its own.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
+
+    def _strategy(self) -> Strategy | str:
+        if self.ranks.world_size == 1:
+            return self.cfg.trainer.strategy
+        patience_s = max(_COLLECTIVE_TIMEOUT_S, 2 * (self.cfg.trainer.timeout_s or 0.0))
+        return DDPStrategy(timeout=datetime.timedelta(seconds=patience_s))
 
     def _save(self, module: Pretraining) -> None:
         """Commit a checkpoint; every rank holds the same state, the first one writes."""
         if not self.first:
             return
+        assert self.lease is not None
+        self.lease.check()
         facts = {
             "cursor": module.cursor,
-            "num_skipped": module.num_skipped,
+            "guard": module.guard.memory.to_json(),
+            "loss_scale": module.scaler.state_dict() if module.scaler is not None else {},
+            "fence": self.lease.number,
             "fingerprints": self.data.fingerprints(),
             "plan_version": plan.VERSION,
-            "config": plain(self.cfg),
+            "config": self.plain,
             "seed": self.cfg.run.seed,
         }
         state = checkpoint.State(
@@ -301,6 +442,8 @@ class Attempt:
         root = self.directory / "checkpoints"
         checkpoint.save(root, step=module.cursor, state=state, keep=self.cfg.trainer.keep_checkpoints)
         self.record.update(step=module.cursor, committed=True, seen=self.counting.seen)
+        if self.cfg.trainer.ledger:
+            self.ledger.committed(module.cursor)
 
     def _already_done(self) -> int:
         print(
@@ -309,30 +452,38 @@ class Attempt:
         )
         return Exit.DONE
 
-    def _explain(self, code: Exit, error: Exception) -> Exit:
-        print(f"stopped: {error}", file=sys.stderr)
-        return code
+    def _tell(self, error: BaseException, *, quietly: bool = False) -> None:
+        """Tell the other ranks why this one stops; does nothing if it has been told."""
+        if self.code is None:
+            at_first_step = not self.wish.num_done
+            self.code = endings.end_by(
+                error, self.watchdog, rank=self.ranks.rank, at_first_step=at_first_step, quietly=quietly
+            )
+            self.reason = str(error)
+
+    def _end_by_watchdog(self, ending: Ending) -> None:
+        """Write the record when the watchdog ends this process; in its thread."""
+        self.reason = ending.message
+        self._finish(ending.code, "preempted" if ending.code == Exit.PREEMPTED else "failed")
 
     def _finish(self, code: int, status: str) -> None:
         """Record the end and write the report, for failed runs too."""
-        if not self.first:
+        if not self.first or not hasattr(self, "attempt"):
             return
+        if threading.current_thread() is threading.main_thread():
+            self.trackers.close()
         seconds = self.record.values.get("seconds", 0.0) + time.monotonic() - self.started
-        sources = summary.sources(self.data, self.counting) if hasattr(self, "counting") else []
+        reason = redact.text(getattr(self, "reason", "")) or None
+        history.end(self.record, step=self.module.cursor, code=code, reason=reason)
+        if hasattr(self, "counting"):
+            sources = redact.tree(summary.sources(self.data, self.counting))
+            self.record.update(seen=self.counting.seen, sources=sources)
         self.record.update(
             status=status,
             exit_code=int(code),
             step=self.module.cursor,
             seconds=seconds,
-            seen=self.counting.seen,
-            sources=sources,
             ended=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         report = write_report(self.directory)
         print(summary.ending(self.directory, status, self.module.cursor, report))
-
-
-def _refused_by_a_part(error: ValueError) -> bool:
-    """Tell whether a part of ours raised it: only the first batch shows that a pool finds no class token."""
-    *_, innermost = traceback.extract_tb(error.__traceback__)
-    return Path(innermost.filename).is_relative_to(Path(__file__).parents[1])

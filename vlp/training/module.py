@@ -25,10 +25,7 @@ from vlp.layers.temperature import Temperature
 from vlp.objectives.combine import combine, global_counts
 from vlp.training import checkpoint, optim
 from vlp.training.ema import Ema
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient is not finite; names every term and the samples of the step."""
+from vlp.training.guard import MIN_LOSS_SCALE, Guard, NonFiniteError
 
 
 class Recipe(NamedTuple):
@@ -40,8 +37,6 @@ class Recipe(NamedTuple):
     schedule: Callable[[int, int], float]
     max_steps: int
     clip_grad_norm: float | None
-    nan_policy: str
-    max_skipped_steps: int
     seed: int
 
 
@@ -52,7 +47,7 @@ class Pretraining(pl.LightningModule):
         model: the model family. objectives: name -> module with `inputs`, `count` and `forward` -> Term.
         wirings: name -> role -> node names. weights: name -> factor.
         graph: of the model under the config's views. recipe: see Recipe.
-        loader: first step -> iterable of this rank's StepBatches up to the last step.
+        loader: first step -> iterable of this rank's StepBatches up to the last step. guard: looks at each step.
     """
 
     def __init__(
@@ -65,6 +60,7 @@ class Pretraining(pl.LightningModule):
         graph: Graph,
         recipe: Recipe,
         loader: Callable[[int], Any],
+        guard: Guard,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -72,13 +68,15 @@ class Pretraining(pl.LightningModule):
         self.objectives = nn.ModuleDict(objectives)
         self.wirings, self.weights, self.graph, self.recipe, self.loader = wirings, weights, graph, recipe, loader
         self.ema: Ema | None = None
+        self.guard = guard
         self.counters: dict[str, Any] = {name: objective.count for name, objective in objectives.items()}
         self.count_wirings = {name: _count_wiring(objectives[name], wiring) for name, wiring in wirings.items()}
         self.cursor = 0  # steps of the plan that are done, skipped ones included: the data position
-        self.num_skipped = 0
         self.optimizer_tensors: dict[str, Tensor] = {}  # of the checkpoint that the run continues from
+        self.scaler_values: Mapping[str, Any] = {}  # the same; of fp16
         self.last: dict[str, Any] = {}  # what the callbacks show and log
         self.ended = time.perf_counter()
+        self.mark: Callable[[str], None] = lambda place: None  # tells the watchdog where in a step this rank is
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Group the trainable parameters by rate and decay."""
@@ -91,28 +89,55 @@ class Pretraining(pl.LightningModule):
         """Open the data at the cursor; called when the ranks know each other."""
         return self.loader(self.cursor)
 
-    def resume(self, cursor: int, num_skipped: int, optimizer_tensors: dict[str, Tensor]) -> None:
+    def resume(self, cursor: int, optimizer_tensors: dict[str, Tensor]) -> None:
         """Continue at a cursor; weights are loaded by the caller."""
-        self.cursor, self.num_skipped, self.optimizer_tensors = cursor, num_skipped, optimizer_tensors
+        self.cursor, self.optimizer_tensors = cursor, optimizer_tensors
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Do one optimizer step on a StepBatch."""
         started = time.perf_counter()
-        torch.manual_seed(mix(self.recipe.seed, self.cursor, dist.rank()) & 0x7FFF_FFFF)
         optimizer = self.optimizers(use_pl_optimizer=True)
         optim.set_rate(optimizer.optimizer, self.recipe.schedule(self.cursor, self.recipe.max_steps))  # type: ignore[union-attr]
+        means, counts = self.differentiate(batch)
+        self.mark("optimizer")
+        norm = self.clip(optimizer)
+        self.move(optimizer, norm, means, batch)
+        self.note(batch, means, counts, norm, started)
+
+    def differentiate(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Fill the gradients of one step.
+
+        Returns:
+            this rank's share of the mean of each objective, and the number of items of each over all ranks.
+        """
+        self.mark("counts")
+        torch.manual_seed(mix(self.recipe.seed, self.cursor, dist.rank()) & 0x7FFF_FFFF)
         passes = [ForwardPass(self.model, micro, self.graph) for micro in batch.batches]
         counts = global_counts(self.sum_counts(passes))
         means = dict.fromkeys(self.wirings, torch.zeros((), device=self.device))
         for number, forward in enumerate(passes):
             with nullcontext() if number == len(passes) - 1 else self.without_sync():
+                self.mark("forward")
                 terms = {n: self.objectives[n](*forward.roles(wiring)) for n, wiring in self.wirings.items()}
                 combined = combine(terms, self.weights, counts)
+                self.mark("backward")
                 self.manual_backward(combined.loss)
             means = {name: mean + combined.means[name] for name, mean in means.items()}
-        norm = self.clip(optimizer)
-        self.move(optimizer, norm, means, batch)
-        self.note(batch, means, counts, norm, started)
+        return means, counts
+
+    def rehearse(self, batch: Any) -> None:
+        """Fill the gradients of a step and throw them away; weights, buffers and random numbers stay as they were.
+
+        Data parallelism lays out its buckets anew after the first backward pass, and the layout changes the last bits
+        of sums over three ranks or more. Rehearsed at the start of every attempt, all steps have the same layout.
+        """
+        buffers = {name: value.clone() for name, value in self.named_buffers()}
+        self.differentiate(batch)
+        for parameter in self.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for name, value in self.named_buffers():
+                value.copy_(buffers[name])
 
     def sum_counts(self, passes: list[ForwardPass]) -> dict[str, Tensor]:
         """Return the number of items of each objective in this rank's micro-batches, before any encoder runs."""
@@ -128,9 +153,8 @@ class Pretraining(pl.LightningModule):
 
     def clip(self, optimizer: Any) -> Tensor:
         """Clip the gradient to its largest norm and return the norm before clipping; the same on all ranks."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # fp16: the gradients are still multiplied
-            scaler.unscale_(optimizer.optimizer)
+        if self.scaler is not None:  # fp16: the gradients are still multiplied
+            self.scaler.unscale_(optimizer.optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is None:
@@ -138,27 +162,52 @@ class Pretraining(pl.LightningModule):
         return nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad_norm or torch.inf)
 
     def move(self, optimizer: Any, norm: Tensor, means: Mapping[str, Tensor], batch: Any) -> None:
-        """Move the weights if the gradient is finite; else follow the policy, the same way on every rank."""
-        if torch.isfinite(norm):
+        """Move the weights unless the guard finds trouble; the same way on every rank.
+
+        Raises:
+            NonFiniteError, SpikeError: the guard's policy ends the run.
+        """
+        trouble = None if self.scale_fell(norm, means) else self.guard.look(norm, means, self.weights)
+        if trouble:
+            self.guard.answer(trouble, step=self.cursor, batch=batch, means=means, seed=self.recipe.seed)
+        elif torch.isfinite(norm):
             optimizer.step()
             for module in self.modules():
                 if isinstance(module, Temperature):
                     module.clamp_()
             if self.ema is not None:
                 self.ema.update(self, self.cursor + 1)
-        else:
-            self.num_skipped += 1
-            self.last["non_finite"] = self.describe_failure(means, batch)
-            if self.recipe.nan_policy == "stop" or self.num_skipped > self.recipe.max_skipped_steps:
-                raise NonFiniteLossError(self.last["non_finite"])
         optimizer.zero_grad()
         self.cursor += 1
 
-    def describe_failure(self, means: Mapping[str, Tensor], batch: Any) -> str:
-        """Say which terms are not finite, and on which samples."""
-        terms = ", ".join(f"{name}={float(mean):.4g}" for name, mean in means.items())
-        ids = [int(i) for micro in batch.batches for i in micro.sample_id if i >= 0]
-        return f"step {self.cursor}: the gradient is not finite; terms on rank {dist.rank()}: {terms}; sample ids {ids}"
+    def scale_fell(self, norm: Tensor, means: Mapping[str, Tensor]) -> bool:
+        """In fp16, halve a loss scale under which only the scaled gradient overflowed; the step is left out.
+
+        Raises:
+            NonFiniteError: the scale is below its floor.
+        """
+        if self.scaler is None or bool(torch.isfinite(norm)):
+            return False
+        self.scaler.update()
+        is_loss = torch.stack(list(means.values())).isfinite().logical_not().any()
+        if dist.max_over_ranks(is_loss.long()):
+            return False  # no scale is to blame
+        if self.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise NonFiniteError(
+                f"step {self.cursor}: the loss scale of fp16 fell to {self.scaler.get_scale():g}, below "
+                f"{MIN_LOSS_SCALE:g}; use trainer.precision=bf16-mixed, or lower optim.lr."
+            )
+        return True
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16, or None."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps of the plan that left nothing in the weights."""
+        return self.guard.memory.num_skipped
 
     def note(
         self, batch: Any, means: Mapping[str, Tensor], counts: Mapping[str, Tensor], norm: Tensor, started: float
@@ -181,7 +230,13 @@ class Pretraining(pl.LightningModule):
         return {name: sum(p.numel() for p in part.parameters()) for name, part in owners.items()}
 
     def on_train_start(self) -> None:
-        """Leave the set-up time out of the first step's data wait."""
+        """Leave the set-up time out of the first step's data wait; continue with the loss scale of the checkpoint."""
+        if self.scaler is not None and self.scaler_values:
+            self.scaler.load_state_dict(dict(self.scaler_values))
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step out of the next step's data wait."""
         self.ended = time.perf_counter()
 
 
