@@ -146,7 +146,7 @@ def main() -> None:
     )  # fmt: skip
     for line in lines:
         print(line, flush=True)
-    if given.elastic or not given.world[3:] == []:
+    if given.elastic or len(given.world) == 4:
         for line in elastic_table(place, steps=given.steps, seed=given.seed):
             print(line, flush=True)
     shutil.rmtree(place)

@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,9 @@ TOY += ("trainer.checkpoint_every=1", "trainer.ledger=true", "run.hold_after=nul
 
 def toy(place: Path, name: str, *more: str) -> DictConfig:
     """The config of a toy run below `place`; the world is shared."""
-    return config.load([*TOY, f"paths.runs={place / 'runs'}", f"paths.data={place / 'data'}", f"run.name={name}", *more])
+    return config.load(
+        [*TOY, f"paths.runs={place / 'runs'}", f"paths.data={place / 'data'}", f"run.name={name}", *more]
+    )
 
 
 def changed(cfg: DictConfig, **values: Any) -> DictConfig:
@@ -51,6 +54,14 @@ class Strike(NamedTuple):
     place: str
     rank: int
     act: Callable[[], None]
+
+
+class Session(NamedTuple):
+    """How the ranks of an attempt are made."""
+
+    world_size: int = 1
+    strike: Strike | None = None
+    before: Callable[[int], None] | None = None  # called in each rank, with its number, before it begins
 
 
 class Attempt(NamedTuple):
@@ -78,25 +89,32 @@ def stop() -> None:
 
 
 def attempt(
-    cfg: DictConfig, *, log: Path, world_size: int = 1, strike: Strike | None = None, patience_s: float = 300
+    cfg: DictConfig,
+    *,
+    log: Path,
+    world_size: int = 1,
+    strike: Strike | None = None,
+    before: Callable[[int], None] | None = None,
+    patience_s: float = 300,
 ) -> Attempt:
     """Run all ranks to their end; one that is still there after `patience_s` is killed, with code -9."""
     began = time.monotonic()
-    pids = start(cfg, log=log, world_size=world_size, strike=strike)
+    pids = start(cfg, log=log, session=Session(world_size, strike, before))
     codes = wait(pids, patience_s=patience_s)
     return Attempt(codes, log.read_text(errors="replace"), time.monotonic() - began)
 
 
-def start(cfg: DictConfig, *, log: Path, world_size: int = 1, strike: Strike | None = None) -> list[int]:
+def start(cfg: DictConfig, *, log: Path, session: Session) -> list[int]:
     """Fork the ranks; return their process ids."""
-    port, session = _free_port(), uuid.uuid4().hex[:12]
+    values = {"WORLD_SIZE": session.world_size, "LOCAL_WORLD_SIZE": session.world_size}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "VLP_SESSION": uuid.uuid4().hex[:12]}
     sys.stdout.flush()
     sys.stderr.flush()
     pids = []
-    for rank in range(world_size):
+    for rank in range(session.world_size):
         pid = os.fork()
         if pid == 0:
-            _be_rank(cfg, log, rank, world_size, port=port, session=session, strike=strike)
+            _be_rank(cfg, log, rank, session, {**values, "RANK": rank, "LOCAL_RANK": rank})
         pids.append(pid)
     return pids
 
@@ -116,23 +134,26 @@ def wait(pids: Sequence[int], *, patience_s: float) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def _be_rank(
-    cfg: DictConfig, log: Path, rank: int, world_size: int, *, port: int, session: str, strike: Strike | None
-) -> None:
+def _be_rank(cfg: DictConfig, log: Path, rank: int, session: Session, values: Mapping[str, object]) -> None:
     code = 99
     try:
+        os.setpgrp()  # so that a signal can reach its loader workers too, as a scheduler's does
         output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "VLP_SESSION": session}
-        if world_size > 1:
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not a test's own
+        if session.world_size > 1:
             os.environ.update({key: str(value) for key, value in values.items()})
         torch.set_num_threads(1)
-        if strike is not None and strike.rank == rank:
-            _arm(strike)
-        strategy = "ddp" if world_size > 1 else "auto"
-        code = launch.run(lambda: changed(cfg, trainer__devices=world_size, trainer__strategy=strategy))
+        if session.strike is not None and session.strike.rank == rank:
+            _arm(session.strike)
+        if session.before is not None:
+            session.before(rank)
+        strategy = "ddp" if session.world_size > 1 else "auto"
+        code = launch.run(lambda: changed(cfg, trainer__devices=session.world_size, trainer__strategy=strategy))
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

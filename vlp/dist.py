@@ -10,6 +10,8 @@ import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor
 
+num_entered = 0  # collectives that this rank has begun: one that hangs elsewhere has begun fewer than those that wait
+
 
 def world_size() -> int:
     """Return the number of processes that train together."""
@@ -32,6 +34,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous().clone()
+        _enter()
         torch_dist.all_reduce(total)  # gloo has no reduce_scatter
         return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
 
@@ -69,6 +72,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     total = x.detach().clone()
+    _enter()
     torch_dist.all_reduce(total)
     return total
 
@@ -78,8 +82,14 @@ def max_over_ranks(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     largest = x.detach().clone()
+    _enter()
     torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return largest
+
+
+def _enter() -> None:
+    global num_entered
+    num_entered += 1
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
@@ -90,5 +100,6 @@ def _padded(x: Tensor, length: int) -> Tensor:
 def _all_gather(x: Tensor) -> Tensor:
     x = x.contiguous()  # before `empty_like` copies its strides: NCCL fills parts by memory, not by element
     parts = [torch.empty_like(x) for _ in range(world_size())]
+    _enter()
     torch_dist.all_gather(parts, x)
     return torch.cat(parts)

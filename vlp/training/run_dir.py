@@ -152,7 +152,8 @@ def changes(directory: Path, new: Mapping[str, Any], *, allow: Sequence[str] = (
     """Compare with the config with which the run was started or last continued.
 
     Args:
-        directory: of the run. new: the config, without secrets. allow: keys of `WITH_FLAG` that may differ now (`run.allow`).
+        directory: of the run. new: the config, without secrets.
+        allow: keys of `WITH_FLAG` that may differ now (`run.allow`).
 
     Returns:
         one line for each difference, to be printed.

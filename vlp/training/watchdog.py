@@ -1,7 +1,7 @@
 """A thread in each rank that tells the others that it lives, and ends its process when one of them does not.
 
     runs/NAME/ranks/SESSION/beat-R   process, step and place of rank R, rewritten every second
-    runs/NAME/ranks/SESSION/ending   the first cause of the end: code, ranks, message; written once, by who knows it first
+    runs/NAME/ranks/SESSION/ending   the first cause of the end: code, message; written once, by who knows it first
     runs/NAME/crash/rank-R.txt       the stacks of rank R when another one died or hung
 
 Files, because they need no port, outlive every process and work on several nodes. Rank 0 watches all others, they watch
@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlp import dist
 from vlp.training.exits import Exit
 from vlp.training.process import Process, is_gone
 
@@ -65,7 +66,7 @@ class Watchdog:
         self.place, self.marks, self.step, self.first_step = "start", 0, 0, True
         self._rank, self._world_size, self._timeout_s, self._at_end = rank, world_size, timeout_s, at_end
         self._folder, self._crash, self._launcher = directory / "ranks" / session, directory / "crash", launcher
-        self._since = time.monotonic()
+        self._behind: tuple[Any, float] = (None, 0.0)  # the furthest behind that a rank is, and since when
         self._period_s = min(1.0, (timeout_s or 60.0) / 10)
         self._own, self._state, self._beats = Process.own(), "alive", 0
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> number of its last beat, and when it was new here
@@ -90,7 +91,7 @@ class Watchdog:
 
     def mark(self, place: str, *, step: int | None = None) -> None:
         """Say where the training thread is; all ranks make the same marks in the same order."""
-        self.place, self.marks, self._since = place, self.marks + 1, time.monotonic()
+        self.place, self.marks = place, self.marks + 1
         if step is not None:
             self.first_step = False
             self.step = step
@@ -138,16 +139,17 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._beats += 1
-        waits_s = round(time.monotonic() - self._since, 1)
-        values = {**self._own._asdict(), "beat": self._beats, "state": self._state, "place": self.place}
-        values |= {"step": self.step, "marks": self.marks, "for_s": waits_s, "first_step": self.first_step}
-        text = json.dumps(values).encode().ljust(_BEAT_BYTES)
+        text = json.dumps(self._values()).encode().ljust(_BEAT_BYTES)
         with suppress(OSError):
             descriptor = os.open(self._folder / f"beat-{self._rank}", os.O_CREAT | os.O_WRONLY, 0o640)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(text)
         if self._timeout_s is not None and self._state == "alive":
             self._arm(self._timeout_s)
+
+    def _values(self) -> dict[str, Any]:
+        values = {**self._own._asdict(), "beat": self._beats, "state": self._state, "first_step": self.first_step}
+        return values | {"place": self.place, "step": self.step, "marks": self.marks, "collectives": dist.num_entered}
 
     def _arm(self, timeout_s: float) -> None:
         """Have the stacks written by a thread outside Python if this one is kept from running for so long."""
@@ -175,34 +177,33 @@ class Watchdog:
     def _trouble(self, rank: int, beat: dict[str, Any]) -> str | None:
         process = Process(beat["host"], beat["pid"], beat["born"])
         name = f"rank {rank} (process {process.pid} on {process.node})"
+        seen = f"it was last seen in step {beat['step']}, at '{beat['place']}'"
         if is_gone(process) and (_read(self._folder / f"beat-{rank}") or beat)["state"] == "alive":
-            return self._unless_declared(f"{name} died in step {beat['step']}, at '{beat['place']}'")
+            return self._unless_declared(f"{name} died; {seen}")
         number, since = self._seen.get(rank, (-1, 0.0))
         if number != beat["beat"]:
             self._seen[rank] = (beat["beat"], time.monotonic())
         elif self._timeout_s is not None and time.monotonic() - since > self._timeout_s:
             waited = f"{time.monotonic() - since:.0f} s, allowed are trainer.timeout_s={self._timeout_s:g}"
-            return f"{name} has not answered for {waited}: it is stopped or frozen in step {beat['step']}"
+            return f"{name} has not answered for {waited}: it is stopped or frozen; {seen}"
         return None
 
     def _unless_declared(self, text: str) -> str | None:
         return None if self.ending() else text  # it said why before it left
 
     def _hanging(self, beats: dict[int, dict[str, Any]]) -> Ending | None:
-        """Find the ranks that are furthest behind when somebody waits for too long."""
-        if self._timeout_s is None:
-            return None
-        own = {"marks": self.marks, "place": self.place, "step": self.step, "first_step": self.first_step}
-        own |= {"for_s": time.monotonic() - self._since, "state": self._state}
-        everyone = {0: own, **{rank: beat for rank, beat in beats.items() if beat["state"] == "alive"}}
-        behind = min(beat["marks"] for beat in everyone.values())
-        culprits = [rank for rank, beat in everyone.items() if beat["marks"] == behind]
-        beat = everyone[culprits[0]]
-        limit_s = self._timeout_s * (_FIRST_STEP if beat["first_step"] else 1)
-        if beat["place"] in FREE_PLACES or any(everyone[rank]["for_s"] <= limit_s for rank in culprits):
+        """Find the ranks that are furthest behind, once they have not moved for too long."""
+        everyone = {rank: beat for rank, beat in {0: self._values(), **beats}.items() if beat["state"] == "alive"}
+        behind = min(_position(beat) for beat in everyone.values())
+        culprits = [rank for rank, beat in everyone.items() if _position(beat) == behind]
+        beat, now = everyone[culprits[0]], time.monotonic()
+        if behind != self._behind[0] or beat["place"] in FREE_PLACES:
+            self._behind = (behind, now)
+        for_s = now - self._behind[1]
+        if self._timeout_s is None or for_s <= self._timeout_s * (_FIRST_STEP if beat["first_step"] else 1):
             return None
         names = "all ranks hang" if len(culprits) == self._world_size else f"rank {_listed(culprits)} hangs"
-        text = f"{names} in step {beat['step']}, at '{beat['place']}', for {beat['for_s']:.0f} s"
+        text = f"{names} in step {beat['step']}, at '{beat['place']}', for {for_s:.0f} s"
         text += f", allowed are trainer.timeout_s={self._timeout_s:g}"
         return self.declare(Exit.COLLECTIVE_TIMEOUT, text, culprits=culprits)
 
@@ -246,6 +247,11 @@ class Watchdog:
 def last_beat(directory: Path, session: str) -> dict[str, Any] | None:
     """Return the last beat of rank 0 of an earlier attempt."""
     return _read(directory / "ranks" / session / "beat-0")
+
+
+def _position(beat: dict[str, Any]) -> tuple[int, int]:
+    """How far a rank is: all ranks make the same marks and begin the same collectives, in the same order."""
+    return beat["marks"], beat["collectives"]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
