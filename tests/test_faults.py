@@ -84,13 +84,13 @@ def test_a_rank_without_memory_ends_all_with_a_summary_and_without_traceback(pla
 
 
 def poison(rank: int) -> None:
-    """Let the loss of rank 1 be no number in its third step."""
+    """Let the loss of rank 1 be no number in its fourth step."""
     combine, calls = module.combine, []
 
     def bad(*arguments):
         calls.append(1)
         combined = combine(*arguments)
-        if len(calls) != 4:  # the first call rehearses
+        if len(calls) != 5:  # the first call rehearses
             return combined
         means = {name: mean * torch.nan for name, mean in combined.means.items()}
         return combined._replace(loss=combined.loss * torch.nan, means=means)
@@ -100,7 +100,7 @@ def poison(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "codes", "steps"), [("stop", [79, 79], 2), ("skip", [0, 0], 4), ("rewind", [0, 0], 4)]
+    ("policy", "codes", "steps"), [("stop", [79, 79], 3), ("skip", [0, 0], 4), ("rewind", [0, 0], 4)]
 )
 def test_a_loss_that_is_not_finite_on_one_rank_moves_no_weight_on_any(place, cfg, policy, codes, steps):
     values = {"run__name": f"nan-{policy}", "trainer__nan_policy": policy}
@@ -108,8 +108,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_moves_no_weight_on_any(place, cfg
     run = place / "runs" / f"nan-{policy}"
     assert done.codes == codes, done.output
     bad = json.loads((run / "bad_steps.jsonl").read_text())
-    assert bad["step"] == 2 and bad["ranks"] == [1] and bad["terms"][1] == {"contrastive": "nan"}
+    assert bad["step"] == 3 and bad["ranks"] == [1] and bad["terms"][1] == {"contrastive": "nan"}
     assert {sample["rank"] for sample in bad["samples"]} == {1}
     assert all(sample["key"].startswith("train-") and sample["shard"].endswith(".tar") for sample in bad["samples"])
     rows = {row["step"]: row for row in ledger.read(run / "ledger.jsonl") if "step" in row}
-    assert len(rows) == steps and (policy == "stop" or rows[3]["weights"] == rows[2]["weights"])
+    assert len(rows) == steps and (policy == "stop" or rows[4]["weights"] == rows[3]["weights"])

@@ -12,6 +12,7 @@ Each bad step is a line of `bad_steps.jsonl`: the terms of every rank, and the s
 """
 
 import json
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -105,14 +106,18 @@ class Guard:
         self.has_rewound = False  # since the last checkpoint: the way back must be saved before the next step
 
     def look(self, norm: Tensor, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Trouble | None:
-        """Judge a step by the gradient norm, and by the global loss if spikes are looked for."""
+        """Judge a step by the gradient norm and the global loss, one small all-reduce.
+
+        A loss that is no number need not show in the gradient: that of a rank with masked slots only is empty.
+        """
         limits = self.limits
-        if not torch.isfinite(norm):
+        loss = float(dist.sum_over_ranks(torch.stack([weights[name] * mean for name, mean in means.items()]).sum()))
+        if not (torch.isfinite(norm) and math.isfinite(loss)):
+            what = "gradient" if math.isfinite(loss) else "loss"
             remedy = "look at the samples in bad_steps.jsonl, or set trainer.nan_policy to skip or rewind"
-            return Trouble("the gradient is not finite", limits.nan_policy, NonFiniteError, remedy)
+            return Trouble(f"the {what} is not finite", limits.nan_policy, NonFiniteError, remedy)
         if limits.spike_factor is None:
             return None
-        loss = float(dist.sum_over_ranks(torch.stack([weights[name] * mean for name, mean in means.items()]).sum()))
         for what, value, window in (("loss", loss, self.memory.losses), ("norm", float(norm), self.memory.norms)):
             if len(window) == limits.spike_window and value > limits.spike_factor * statistics.median(window):
                 usual = f"{statistics.median(window):.4g}, the median of {limits.spike_window} steps"
