@@ -1,5 +1,6 @@
 """What happens around the steps of a run: log, show, count bad samples, evaluate, commit, stop."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -237,6 +238,8 @@ class Evaluation(pl.Callback):
             self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
         except StoppedError:
             return  # the steps are saved next; scores can be had later
+        except OSError as error:  # a full disk: what was trained is worth more than its scores
+            print(f"the evaluation at step {pl_module.cursor} was not written ({error}).", file=sys.stderr, flush=True)
         finally:
             pl_module.mark("log")
             pl_module.restart_clock()
