@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 from forked_ranks import attempt, toy
@@ -45,21 +46,11 @@ def test_each_kind_of_secret_is_hidden_in_a_tree_and_in_an_assignment(environmen
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        "tokenizer.name=bert",
-        "num_tokens: 5",
-        "https://host/path/a.tar",
-        "s3://bucket/shards/{0..9}.tar",
-        "mask_token: [M]",
-    ],
+    "value", ["tokenizer.name=bert", "num_tokens: 5", "https://host/path/a.tar", "s3://bucket/shards/{0..9}.tar"]
 )
 def test_what_is_no_secret_stays(value):
-    key, _, rest = value.partition(": ")
-    assert redact.text(value) == value or key == "mask_token"
-    assert redact.tree({"clip": {"size": 3, "names": ["a", None, True]}}) == {
-        "clip": {"size": 3, "names": ["a", None, True]}
-    }
+    tree = {"clip": {"size": 3, "names": ["a", None, True, value]}}
+    assert redact.text(value) == value and redact.tree(tree) == tree
 
 
 def leak(rank: int) -> None:

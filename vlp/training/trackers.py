@@ -86,6 +86,8 @@ class Tracker:
         except Exception as error:  # no network, a bad key, a server that answers with errors
             if not self._node.get("offline", True):
                 _say(self.name, f"cannot start ({_line(error)}); it goes on offline, to be sent later")
+                if "wandb" in sys.modules:  # its helper process still holds the run that could not start
+                    sys.modules["wandb"].teardown()
                 return self._start({**self._node, "offline": True})
             raise
 
@@ -143,7 +145,7 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    return redact.text((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return redact.text((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 def _say(name: str, text: str) -> None:
