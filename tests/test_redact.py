@@ -53,12 +53,23 @@ def test_what_is_no_secret_stays(value):
     assert redact.text(value) == value and redact.tree(tree) == tree
 
 
+class Carrier:
+    """A schedule of the user's own whose arguments hold secrets."""
+
+    def __init__(self, *, extra: dict) -> None:
+        self.extra = extra
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        """Return the factor of the learning rate."""
+        return 1.0
+
+
 def leak(rank: int) -> None:
     """Fail with a secret in the message, in the middle of training, with W&B writing offline."""
     from vlp.training import module
 
-    os.environ["SOME_API_KEY"] = SECRETS["from_environment"]
-    sys.argv = ["train.py", *(f"text.config.extra.{name}={value}" for name, value in SECRETS.items())]
+    os.environ |= {"SOME_API_KEY": SECRETS["from_environment"], "VLP_ALLOW": "test_redact"}
+    sys.argv = ["train.py", *(f"schedule.extra.{name}={value}" for name, value in SECRETS.items())]
     note = module.Pretraining.note
 
     def bad(self, *arguments):
@@ -73,7 +84,7 @@ def leak(rank: int) -> None:
 def test_no_file_of_a_failed_run_holds_a_secret_of_its_config(place):
     cfg = toy(place, "secrets", "trainer.max_steps=3", "logger=[wandb]", "logger.wandb.offline=true")
     OmegaConf.set_struct(cfg, False)
-    cfg.text.config.extra = SECRETS
+    cfg.schedule = {"_target_": "test_redact.Carrier", "extra": SECRETS}
     cfg.data.videos = SECRETS["s3_signature"]
     cfg.data.captions = SECRETS["url_password"]
     done = attempt(cfg, log=place / "secrets.log", before=leak)

@@ -66,8 +66,8 @@ def test_a_run_is_whole_whatever_the_server_of_wandb_does(place, kind):
 class Slow:
     """A logger that cannot start before it is allowed to."""
 
-    go = threading.Event()
-    rows: ClassVar[list] = []
+    go: ClassVar[threading.Event]
+    rows: ClassVar[list]
     experiment = None
 
     def log_hyperparams(self, facts: dict) -> None:
@@ -82,10 +82,10 @@ class Slow:
 
 @pytest.fixture
 def slow(monkeypatch) -> type[Slow]:
-    monkeypatch.setattr(trackers.config, "build", lambda node, path: Slow())
+    own = type("Own", (Slow,), {"go": threading.Event(), "rows": []})
+    monkeypatch.setattr(trackers.config, "build", lambda node, path: own())
     monkeypatch.setattr(trackers.exits, "left_behind", [])
-    Slow.go, Slow.rows = threading.Event(), []
-    return Slow
+    return own
 
 
 def test_rows_wait_for_a_logger_that_starts_late_and_no_step_does(slow):
