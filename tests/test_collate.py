@@ -4,14 +4,16 @@ import torch
 from vlp.data.collate import collate
 from vlp.data.fields import Sample
 from vlp.data.text import load_tokenizer, train_tokenizer
-from vlp.types import Reason
+from vlp.data.texts import Texts
+from vlp.types import IGNORE_INDEX, Reason, one_text
 
 SHAPE = (3, 5, 7, 3)  # T H W 3
 
 
-def sample(num_frames: int, caption: str, *, sample_id: int = 4, status: Reason = Reason.OK) -> Sample:
+def sample(num_frames: int, text: str, *others: str | None, sample_id: int = 4, status: Reason = Reason.OK) -> Sample:
     frames = np.full((num_frames, *SHAPE[1:]), 9, np.uint8)
-    return Sample(frames, np.arange(num_frames) + 0.5, caption, sample_id, -(2**63), status, "", 0.1)
+    texts = Texts(text, others, len(others) or IGNORE_INDEX)
+    return Sample(frames, np.arange(num_frames) + 0.5, texts, sample_id, -(2**63), status, "", 0.1)
 
 
 def tokenizer(tmp_path):
@@ -55,3 +57,17 @@ def test_tombstone_is_not_valid_but_has_whole_masks(tmp_path):
     assert batch.valid.tolist() == [True, False]
     assert batch.status.tolist() == [Reason.OK, Reason.CHECKSUM]
     assert batch.frame_mask[1].all() and batch.text_mask[1].any()
+
+
+def test_other_texts_keep_their_clip_and_absent_ones_are_masked(tmp_path):
+    words = tokenizer(tmp_path)
+    batch = collate([sample(3, "a", "ball", None), sample(3, "red", "up", "left again")], words, shape=SHAPE)
+    assert batch.more_ids.shape == batch.more_mask.shape == (2, 2, 8)
+    assert words.decode(batch.more_ids[1]) == ["up", "left again"] and words.decode(batch.more_ids[0])[0] == "ball"
+    assert batch.more_mask.any(-1).tolist() == [[True, False], [True, True]] and batch.label.tolist() == [2, 2]
+
+
+def test_clips_with_one_caption_bring_no_other_texts(tmp_path):
+    batch = collate([sample(3, "a"), sample(3, "ball"), sample(3, "red")], tokenizer(tmp_path), shape=SHAPE)
+    assert batch.more_ids.shape[:2] == (3, 0) and batch.label.tolist() == [IGNORE_INDEX] * 3
+    assert all(torch.equal(getattr(batch, name), value) for name, value in one_text(3).items() if name == "label")

@@ -22,7 +22,7 @@ connector: {{}}
 view: {{}}
 objective: {{}}
 logger: {{}}
-run: {{name: run, seed: 0, resume: true, stop_after: null}}
+run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
   clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, compile: false, checkpoint_activations: false, num_threads: null, progress_bar: false}}
@@ -31,6 +31,7 @@ clip: {{num_frames: 4, size: 8, short_side: 10, sampling_train: {PART}, sampling
 tokenizer: {{name: null, revision: null, vocab_size: 7, max_length: 5, pad_id: 0, bos_id: 2, eos_id: 3, mask_id: 4}}
 video: {{_target_: vlp.objectives.masked_words.MaskedWords, dim: 3, vocab_size: "${{tokenizer.vocab_size}}"}}
 text: {PART}
+texts: {PART}
 model: {{_target_: {TEMPERATURE}, init: 0.1}}
 optim: {{lr: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, weight_decay: 0.1, layer_decay: null, lr_factors: {{}}, freeze: [],
   ema_decay: null}}

@@ -14,6 +14,7 @@ from vlp.data.plan import PADDING
 from vlp.data.rng import generator, sample_key
 from vlp.data.sampling import Fps, Segments
 from vlp.data.shards import Raw, write_shards
+from vlp.data.texts import Texts
 from vlp.data.transforms import CenterCrop, PadToSquare, RandomResizedCrop
 from vlp.types import Reason, SampleError
 
@@ -56,7 +57,7 @@ def test_ids_are_positions_in_all_shards(shards):
 def test_test_sample_is_the_centred_clip_with_its_first_caption(shards):
     sample = reader(shards, clips=TEST, train=False).read(4, 0)
     assert sample.frames.shape == (4, 24, 24, 3) and sample.frames.dtype == np.uint8
-    assert (sample.caption, sample.status, sample.sample_id) == ("caption 0 of 4", Reason.OK, 4)
+    assert (sample.texts.first, sample.status, sample.sample_id) == ("caption 0 of 4", Reason.OK, 4)
     np.testing.assert_allclose(sample.times_s, (np.arange(4) + 0.5) * 5 / 30, atol=1 / 30)
     assert sample.decode_s > 0
 
@@ -79,9 +80,9 @@ def test_randomness_is_a_function_of_seed_epoch_and_sample(shards):
 
 def test_every_caption_is_drawn_in_training(shards):
     samples = reader(shards)
-    assert {samples.read(0, epoch).caption for epoch in range(20)} == {f"caption {c} of 0" for c in range(3)}
+    assert {samples.read(0, epoch).texts.first for epoch in range(20)} == {f"caption {c} of 0" for c in range(3)}
     key = sample_key(1, 7, 0, 0)
-    assert samples.read(0, 7).caption == f"caption {generator(key, 'caption').integers(3)} of 0"
+    assert samples.read(0, 7).texts.first == f"caption {generator(key, 'caption').integers(3)} of 0"
 
 
 def test_shorter_clip_keeps_its_number_of_frames(shards):
@@ -92,7 +93,7 @@ def test_shorter_clip_keeps_its_number_of_frames(shards):
 def test_bad_row_of_the_index_is_a_tombstone(shards):
     sample = reader(shards).read(3, 0)
     assert sample.status == Reason.VIDEO_BROKEN and sample.detail == reader(shards).detail_of(3) != ""
-    assert sample.frames.shape == (4, 24, 24, 3) and not sample.frames.any() and sample.caption == ""
+    assert sample.frames.shape == (4, 24, 24, 3) and not sample.frames.any() and sample.texts == Texts("")
     assert list(reader(shards).unusable(9)) == [(3, Reason.VIDEO_BROKEN)]
     assert [i for i, _ in reader(shards * 3).unusable(2)] == [3, 8]
 

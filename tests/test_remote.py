@@ -260,7 +260,7 @@ def assert_same(one, two):
     assert len(one) == len(two) == 7 and one.counts.tolist() == two.counts.tolist()
     for sample_id in range(7):
         mine, theirs = one.read(sample_id, 2), two.read(sample_id, 2)
-        assert (mine.status, mine.caption, mine.key) == (theirs.status, theirs.caption, theirs.key)
+        assert (mine.status, mine.texts, mine.key) == (theirs.status, theirs.texts, theirs.key)
         assert mine.status == Reason.OK and np.array_equal(mine.frames, theirs.frames)
 
 

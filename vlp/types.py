@@ -1,12 +1,14 @@
 """The types that travel between the parts of vlp.
 
-Axes: B clips of a batch, T frames, H W pixels or grid cells, N tokens, P prefix tokens, D width, L text length.
+Axes: B clips of a batch, T frames, H W pixels or grid cells, N tokens, P prefix tokens, D width, L text length, K other
+texts of a clip.
 NamedTuples and not dataclasses: DeepSpeed ZeRO-3, pytrees and torch.compile look for tensors inside tuples.
 """
 
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # the only ignore value of label tensors
@@ -53,10 +55,19 @@ class Batch(NamedTuple):
     text_ids: Tensor  # [B, L] int64
     text_mask: Tensor  # [B, L] bool, True = real
     word_ids: Tensor  # [B, L] int64, which word of the caption a token belongs to; -1 for special tokens and padding
+    more_ids: Tensor  # [B, K, L] int64, the other texts that `texts` of the config chose; K is 0 with one caption
+    more_mask: Tensor  # [B, K, L] bool, True = real; a text that is not there has none
+    label: Tensor  # [B] int64, what is asked of the clip: a class or a place among the other texts; else IGNORE_INDEX
     valid: Tensor  # [B] bool, False = the slot is padding or a tombstone; never counted in a loss, never a negative
     status: Tensor  # [B] int64, a Reason
     sample_id: Tensor  # [B] int64, position in the source, -1 for padding
     key: Tensor  # [B] int64, counter key of (seed, epoch, sample): all randomness of views derives from it
+
+
+def one_text(num_clips: int) -> dict[str, Tensor]:
+    """Return the fields of a batch whose clips bring one text each, and no label."""
+    nothing = torch.zeros(num_clips, 0, 1, dtype=torch.int64)
+    return {"more_ids": nothing, "more_mask": nothing.bool(), "label": torch.full((num_clips,), IGNORE_INDEX)}
 
 
 class Tokens(NamedTuple):
@@ -79,6 +90,13 @@ class Fused(NamedTuple):
 
     text: Tokens
     video: Grid | None
+
+
+class AttentionMass(NamedTuple):
+    """How much all queries of a fusion look at each token: summed over layers and queries, averaged over heads."""
+
+    text: Tensor  # [B, L]
+    video: Grid  # x [B, T, H, W, 1]
 
 
 class Term(NamedTuple):

@@ -1,12 +1,13 @@
 """Samples to a batch.
 
-Axes: B clips, T frames, H W pixels, L text length.
+Axes: B clips, T frames, H W pixels, L text length, K other texts of a clip.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vlp.data.fields import Sample
@@ -38,7 +39,8 @@ def collate(
         frames[row, real:] = 0
         frame_mask[row, :real] = True
         times_s[row, :real] = torch.from_numpy(sample.times_s)
-    text = tokenizer.encode([sample.caption for sample in samples])
+    text = tokenizer.encode([sample.texts.first for sample in samples])
+    more_ids, more_mask = _other_texts(samples, tokenizer)
     status = torch.tensor([sample.status for sample in samples], dtype=torch.int64)
     return Batch(
         frames=frames,
@@ -47,8 +49,24 @@ def collate(
         text_ids=text.ids,
         text_mask=text.mask,
         word_ids=text.word_ids,
+        more_ids=more_ids,
+        more_mask=more_mask,
+        label=torch.tensor([sample.texts.label for sample in samples], dtype=torch.int64),
         valid=status == Reason.OK,
         status=status,
         sample_id=torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
         key=torch.tensor([sample.key for sample in samples], dtype=torch.int64),
     )
+
+
+def _other_texts(samples: Sequence[Sample], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Return ids and mask [B, K, L] of the other texts; K is that of the sample with the most, 0 if none has any."""
+    num_others = max((len(sample.texts.others) for sample in samples), default=0)
+    rows = [(*sample.texts.others, *[None] * (num_others - len(sample.texts.others))) for sample in samples]
+    text = tokenizer.encode([other or "" for row in rows for other in row])
+    there = torch.tensor([other is not None for row in rows for other in row], dtype=torch.bool)
+    ids, mask = (
+        rearrange(x, "(b k) l -> b k l", k=num_others) if num_others else x.new_zeros(len(samples), 0, x.shape[1])
+        for x in (text.ids, text.mask & there[:, None])
+    )
+    return ids, mask

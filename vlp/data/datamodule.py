@@ -17,6 +17,7 @@ from vlp.data.rng import mix
 from vlp.data.shard_cache import ShardCache
 from vlp.data.storage import StorageError
 from vlp.data.text import Tokenizer
+from vlp.data.texts import TextChoice
 from vlp.data.workers import Workers
 from vlp.types import Reason, SampleError
 
@@ -35,6 +36,7 @@ class VideoTextData:
         num_lanes, window_shards: see `vlp.data.plan`. bucket_steps: see `vlp.data.bucket`; 1 = as planned.
         num_workers: reading processes of each rank. seed: of the run.
         sampling_train, sampling_test, transforms_train, transforms_test, short_side: see `vlp.data.fields.Clips`.
+        texts: chooses the texts of a training sample, see `vlp.data.texts`.
         make_tokenizer: gets the training captions, which it may ignore.
         index_dir: where the indexes of remote shards lie. cache: keeps remote shards on this machine.
 
@@ -60,6 +62,7 @@ class VideoTextData:
         transforms_test: Sequence[Transform],
         short_side: int | None,
         make_tokenizer: Callable[[Iterable[str]], Tokenizer],
+        texts: TextChoice | None = None,
         index_dir: str | None = None,
         cache: ShardCache | None = None,
     ) -> None:
@@ -68,7 +71,7 @@ class VideoTextData:
         self.batch_size, self.accumulate = batch_size, accumulate
         self.num_lanes, self.window_shards, self.bucket_steps, self.seed = num_lanes, window_shards, bucket_steps, seed
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
-        self._index_dir, self._cache = index_dir, cache
+        self._index_dir, self._cache, self._texts = index_dir, cache, texts
         clips = {
             "train": Clips(sampling_train, transforms_train, short_side),
             "test": Clips(sampling_test, transforms_test, short_side),
@@ -152,6 +155,7 @@ class VideoTextData:
                 seed=self.seed,
                 source=number,
                 train=split == "train",
+                texts=self._texts,
                 index_dir=self._index_dir,
                 cache=self._cache,
             )

@@ -36,6 +36,7 @@ from vlp.data.probe import ProbeError, VideoFacts, probe
 from vlp.data.remote import is_remote, shown
 from vlp.data.rng import generator, sample_key
 from vlp.data.shard_cache import ShardCache
+from vlp.data.texts import OneCaption, TextChoice, Texts
 from vlp.types import Reason, SampleError
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # uint8 [T, H, W, 3], one decision for all frames
@@ -191,11 +192,11 @@ class Clips(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One slot of a batch. Where `status` is not OK the frames are black and the caption is empty."""
+    """One slot of a batch. Where `status` is not OK the frames are black and the texts are empty."""
 
     frames: np.ndarray  # [T, H, W, 3] uint8, T at most that of the clip
     times_s: np.ndarray  # [T] float64, seconds from the first frame of the video
-    caption: str
+    texts: Texts
     sample_id: int
     key: int  # of all its randomness
     status: Reason
@@ -217,6 +218,7 @@ class ClipReader:
         seed: int,
         source: int,
         train: bool,
+        texts: TextChoice | None = None,
         index_dir: str | None = None,
         cache: ShardCache | None = None,
     ) -> None:
@@ -225,6 +227,7 @@ class ClipReader:
         Remote shards need `index_dir`, where their indexes are, and may be kept on this machine by `cache`.
         """
         self.index_dir, self.cache = index_dir, cache
+        self.texts = texts if texts is not None and train else OneCaption()
         self._ahead: list[int] = []
         self.clips, self.seed, self.source, self.train = clips, seed, source, train
         self.shards, self.shape = list(shards), clips.shape()
@@ -273,7 +276,8 @@ class ClipReader:
         """Return what stands in the place of a sample that cannot be used."""
         key = sample_key(self.seed, epoch, self.source, sample_id)
         frames, times_s = np.zeros(self.shape, np.uint8), np.zeros(self.shape[0])
-        return Sample(frames, times_s, "", sample_id, key, reason, detail, 0.0)
+        texts = Texts("", (None,) * self.texts.num_others)
+        return Sample(frames, times_s, texts, sample_id, key, reason, detail, 0.0)
 
     def meta(self, sample_id: int) -> dict[str, Any]:
         """Return the whole record of a sample, "captions" and what else it has. Raises SampleError."""
@@ -330,7 +334,8 @@ class ClipReader:
         where = (index.key(row), shown(index.shard))
         if index.status(row) != Reason.OK:
             raise SampleError(index.status(row), *where, index.detail(row))
-        caption = self._choose(meta_of(index, row, cache=self.cache)["captions"], key)
+        meta = meta_of(index, row, cache=self.cache)
+        texts = self.texts(meta, key) if self.train else Texts(meta["captions"][0])
         video = read_part(index, row, "video", cache=self.cache)
         facts = _facts(index, row, video)
         times_s = self.clips.sampling(facts.duration_s, facts.fps, generator(key, "times") if self.train else None)
@@ -345,7 +350,7 @@ class ClipReader:
             raise ValueError(
                 f"{where[0]}: the transforms gave {frames.shape[1:3]} and not {self.shape[1:3]}; fix the size."
             )
-        return Sample(frames, decoded.times_s, caption, sample_id, key, Reason.OK, "", decode_s)
+        return Sample(frames, decoded.times_s, texts, sample_id, key, Reason.OK, "", decode_s)
 
     def _num_frames(self, index: ShardIndex, rows: np.ndarray) -> np.ndarray:
         """Return how many frames the sampling takes of rows [N], [N] int64; asked once for equal videos."""
@@ -353,9 +358,6 @@ class ClipReader:
         different, inverse = np.unique(videos, axis=0, return_inverse=True)
         counts = [len(self.clips.sampling(float(duration_s), float(fps), None)) for duration_s, fps in different]
         return np.array(counts, dtype=np.int64)[inverse.reshape(-1)]
-
-    def _choose(self, captions: Sequence[str], key: int) -> str:
-        return captions[int(generator(key, "caption").integers(len(captions)))] if self.train else captions[0]
 
     def _place(self, sample_id: int) -> tuple[int, int]:
         """Return the shard and the row of a sample."""
