@@ -9,7 +9,7 @@ import torch
 from forked_ranks import Attempt, Strike, attempt, changed, die, fail, stop, toy
 from omegaconf import DictConfig
 
-from vlp.training import ledger, module
+from vlp.training import ledger, module, watchdog
 from vlp.training.exits import Exit
 
 TIMEOUT_S = 4.0
@@ -113,3 +113,42 @@ def test_a_loss_that_is_not_finite_on_one_rank_moves_no_weight_on_any(place, cfg
     assert all(sample["key"].startswith("train-") and sample["shard"].endswith(".tar") for sample in bad["samples"])
     rows = {row["step"]: row for row in ledger.read(run / "ledger.jsonl") if "step" in row}
     assert len(rows) == steps and (policy == "stop" or rows[4]["weights"] == rows[3]["weights"])
+
+
+def be_slow(rank: int) -> None:
+    """Let rank 1 take a third of a second longer in each forward pass."""
+    mark = watchdog.Watchdog.mark
+
+    def slower(self, place, *, step=None):
+        mark(self, place, step=step)
+        if rank == 1 and place == "forward":
+            time.sleep(0.3)
+
+    watchdog.Watchdog.mark = slower
+
+
+def test_a_slow_rank_is_reported_once_with_its_split_of_the_step(place, cfg):
+    done = attempt(changed(cfg, run__name="slow_rank"), log=place / "slow_rank.log", world_size=2, before=be_slow)
+    (line,) = [line for line in done.output.splitlines() if " is slow at step " in line]
+    assert done.codes == [0, 0] and line.startswith("rank 1 is slow") and "waiting for other ranks 0.0" in line
+    assert float(line.partition("compute ")[2].partition(",")[0]) >= 0.25
+
+
+def flip(rank: int) -> None:
+    """Flip the lowest bit of one weight of rank 1 after its second step."""
+    note = module.Pretraining.note
+
+    def note_and_flip(self, *arguments):
+        note(self, *arguments)
+        if rank == 1 and self.cursor == 2:
+            weight = next(self.parameters()).data.view(torch.int32).view(-1)
+            weight[0] ^= 1
+
+    module.Pretraining.note = note_and_flip
+
+
+def test_a_flipped_bit_of_one_rank_stops_the_run_before_the_next_commit(place, cfg):
+    values = {"run__name": "flipped", "trainer__check_replicas_every": 100}
+    done = attempt(changed(cfg, **values), log=place / "flipped.log", world_size=2, before=flip)
+    assert done.codes == [83, 83] and "after step 2 the weights of rank 1 differ" in done.output
+    assert [path.name for path in (place / "runs/flipped/checkpoints").iterdir()] == ["step-00000001"]

@@ -3,6 +3,9 @@
 Axes: B clips of a rank, W ranks.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor
 
+waited_s = 0.0  # in collectives, for the other ranks; next to nothing where a GPU runs them beside the process
 num_entered = 0  # collectives that this rank has begun: one that hangs elsewhere has begun fewer than those that wait
 
 
@@ -34,8 +38,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous().clone()
-        _enter()
-        torch_dist.all_reduce(total)  # gloo has no reduce_scatter
+        with _collective():
+            torch_dist.all_reduce(total)  # gloo has no reduce_scatter
         return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
 
 
@@ -72,8 +76,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     total = x.detach().clone()
-    _enter()
-    torch_dist.all_reduce(total)
+    with _collective():
+        torch_dist.all_reduce(total)
     return total
 
 
@@ -82,14 +86,19 @@ def max_over_ranks(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     largest = x.detach().clone()
-    _enter()
-    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    with _collective():
+        torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return largest
 
 
-def _enter() -> None:
-    global num_entered
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Count the collective that is begun inside, and the seconds until it lets this process go on."""
+    global num_entered, waited_s
     num_entered += 1
+    began = time.perf_counter()
+    yield
+    waited_s += time.perf_counter() - began
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
@@ -100,6 +109,6 @@ def _padded(x: Tensor, length: int) -> Tensor:
 def _all_gather(x: Tensor) -> Tensor:
     x = x.contiguous()  # before `empty_like` copies its strides: NCCL fills parts by memory, not by element
     parts = [torch.empty_like(x) for _ in range(world_size())]
-    _enter()
-    torch_dist.all_gather(parts, x)
+    with _collective():
+        torch_dist.all_gather(parts, x)
     return torch.cat(parts)

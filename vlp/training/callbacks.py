@@ -1,5 +1,6 @@
 """What happens around the steps of a run: log, show, count bad samples, evaluate, commit, stop."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from vlp.training.module import Pretraining
 from vlp.training.stopping import Wish
 from vlp.training.trackers import Trackers
 from vlp.types import Reason
+
+_SLOW_FACTOR, _SLOW_S = 1.5, 0.05  # a rank is slow that is busy so much longer than the median of the others
 
 
 class DataBudgetError(RuntimeError):
@@ -85,14 +88,17 @@ class MetricsLog(pl.Callback):
 
     def __init__(self, csv: MetricsCsv | None, trackers: Trackers, *, every: int, attempt: int) -> None:
         self.csv, self.trackers, self.every, self.attempt = csv, trackers, every, attempt
-        self.window: list[tuple[float, float]] = []
+        self.window: list[tuple[float, float, float]] = []
+        self.waited_s = dist.waited_s
+        self.named: set[int] = set()  # slow ranks that have been reported
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect times; every `every` steps read the tensors, which waits for the device."""
         last = pl_module.last
-        self.window.append((last["step_s"], last["data_wait_s"]))
+        self.window.append((last["step_s"], last["data_wait_s"], dist.waited_s - self.waited_s))
+        self.waited_s = dist.waited_s
         last_step = pl_module.cursor >= pl_module.recipe.max_steps
         if pl_module.cursor % self.every and batch_idx and not last_step:
             return
@@ -116,8 +122,9 @@ class MetricsLog(pl.Callback):
         self.trackers.put(step, row)
 
     def _rates(self, trainer: pl.Trainer, pl_module: Pretraining, batch: Any) -> dict[str, float]:
-        step_s, wait_s = (sum(column) / len(self.window) for column in zip(*self.window, strict=True))
+        step_s, wait_s, other_s = (sum(column) / len(self.window) for column in zip(*self.window, strict=True))
         self.window.clear()
+        self._report_slow(torch.tensor([[step_s, wait_s, other_s]], device=pl_module.device), pl_module.cursor)
         num_clips = sum(len(micro.valid) for micro in batch.batches) * dist.world_size()
         rate = trainer.optimizers[0].param_groups[0]
         values = {
@@ -131,6 +138,19 @@ class MetricsLog(pl.Callback):
         if temperature is not None:
             values["train/logit_scale"] = float(temperature().detach())
         return values
+
+    def _report_slow(self, split: torch.Tensor, step: int) -> None:
+        """Name a rank for which the others wait; `split` [1, 3]: seconds of a step, waiting for data, for ranks."""
+        rows = dist.gather(split).tolist()  # [W, 3]
+        busy = [step_s - for_ranks_s for step_s, _, for_ranks_s in rows]
+        slow = busy.index(max(busy))
+        usual = statistics.median(busy[:slow] + busy[slow + 1 :]) if len(busy) > 1 else busy[0]
+        if busy[slow] < _SLOW_FACTOR * usual or busy[slow] - usual < _SLOW_S or slow in self.named or self.csv is None:
+            return
+        self.named.add(slow)
+        step_s, data_s, for_ranks_s = rows[slow]
+        text = f"data {data_s:.2f}, compute {busy[slow] - data_s:.2f}, waiting for other ranks {for_ranks_s:.2f}"
+        print(f"rank {slow} is slow at step {step}: {step_s:.2f} s a step ({text}); the others are busy {usual:.2f} s.")
 
 
 class Bar(pl.Callback):

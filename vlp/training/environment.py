@@ -45,15 +45,13 @@ class Ranks(NamedTuple):
 def ranks(*, devices: int | str, num_nodes: int) -> Ranks:
     """Return what is known; if this process will start the others, they find the session in its environment."""
     per_node = _num_devices(devices)
-    local, node = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0))),
-    )
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", node * per_node + local)))
     world_size = per_node * num_nodes
     is_started = any(name in os.environ for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")) and world_size > 1
     if not is_started:
-        session = uuid.uuid4().hex[:12]
+        session = uuid.uuid4().hex[:12] if num_nodes == 1 else _session(num_nodes)
         if world_size > 1:
             os.environ["VLP_SESSION"] = session
         return Ranks(rank, world_size, session, None)

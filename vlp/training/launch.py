@@ -59,7 +59,8 @@ def quiet() -> None:
     """Keep the greetings and tips of libraries off the screen; their errors still show."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    vars(subprocess_script)["_launch_process_observer"] = lambda processes: None  # kills rank 0 before it can say why
+    # Lightning would kill rank 0 before it can say why another rank has ended.
+    subprocess_script._launch_process_observer = lambda processes: None  # pyright: ignore[reportPrivateImportUsage]
 
 
 def train(cfg: DictConfig) -> int:
