@@ -22,9 +22,12 @@ connector: {{}}
 view: {{}}
 objective: {{}}
 logger: {{}}
-run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null}}
+run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null,
+  allow: [], hold_after: 3}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
-  clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0, bad_sample_budget: 0.1, checkpoint_every: 1,
+  clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0,
+  max_rewinds: 3, spike_factor: null, spike_window: 10, spike_policy: skip, timeout_s: 9, max_time_s: null,
+  check_replicas_every: null, ledger: false, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, compile: false, checkpoint_activations: false, num_threads: null, progress_bar: false}}
 clip: {{num_frames: 4, size: 8, short_side: 10, sampling_train: {PART}, sampling_test: {PART},
   transforms_train: [{PART}], transforms_test: []}}
