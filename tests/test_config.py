@@ -372,7 +372,7 @@ def test_references_that_lead_nowhere_are_refused(conf, reference):
         ("optim.ema_decay=1.0", "optim.ema_decay: 1.0 is not possible; it must be above 0 and below 1."),
         ("optim.betas=[0.9]", "optim.betas: [0.9] is not possible; write two numbers of at least 0 and below 1."),
         ("optim.betas=[0.9,1.0]", "optim.betas: [0.9, 1.0] is not possible; write two numbers of at least 0"),
-        ("trainer.nan_policy=ignore", "trainer.nan_policy: 'ignore' is not known; use one of stop, skip."),
+        ("trainer.nan_policy=ignore", "trainer.nan_policy: 'ignore' is not known; use one of stop, skip, rewind."),
         ("trainer.strategy=zero9", "trainer.strategy: 'zero9' is not known; use one of "),
         ("trainer.precision=fp8", "trainer.precision: 'fp8' is not known; use one of "),
         ("data.num_lanes=3", "data.num_lanes: 3 does not divide data.batch_size=4; set data.num_lanes to one of 1, 2"),
