@@ -2,7 +2,12 @@
 
 import sys
 
-from vlp.training.launch import main
+from vlp.training import signals
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signals.listen()  # before the imports below, which take seconds
+
+    from vlp.training.exits import leave
+    from vlp.training.launch import main
+
+    leave(main(sys.argv[1:]))

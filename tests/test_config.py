@@ -22,9 +22,12 @@ connector: {{}}
 view: {{}}
 objective: {{}}
 logger: {{}}
-run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null}}
+run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null,
+  allow: [], hold_after: 3}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
-  clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0, bad_sample_budget: 0.1, checkpoint_every: 1,
+  clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0,
+  max_rewinds: 3, spike_factor: null, spike_window: 10, spike_policy: skip, timeout_s: 9, max_time_s: null,
+  check_replicas_every: null, ledger: false, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, checkpoint_async: true, compile: false,
   checkpoint_activations: false, num_threads: null, progress_bar: false}}
 clip: {{num_frames: 4, size: 8, short_side: 10, sampling_train: {PART}, sampling_test: {PART},
@@ -373,7 +376,7 @@ def test_references_that_lead_nowhere_are_refused(conf, reference):
         ("optim.ema_decay=1.0", "optim.ema_decay: 1.0 is not possible; it must be above 0 and below 1."),
         ("optim.betas=[0.9]", "optim.betas: [0.9] is not possible; write two numbers of at least 0 and below 1."),
         ("optim.betas=[0.9,1.0]", "optim.betas: [0.9, 1.0] is not possible; write two numbers of at least 0"),
-        ("trainer.nan_policy=ignore", "trainer.nan_policy: 'ignore' is not known; use one of stop, skip."),
+        ("trainer.nan_policy=ignore", "trainer.nan_policy: 'ignore' is not known; use one of stop, skip, rewind."),
         ("trainer.strategy=zero9", "trainer.strategy: 'zero9' is not known; use one of "),
         ("trainer.precision=fp8", "trainer.precision: 'fp8' is not known; use one of "),
         ("data.num_lanes=3", "data.num_lanes: 3 does not divide data.batch_size=4; set data.num_lanes to one of 1, 2"),

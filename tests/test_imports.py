@@ -16,6 +16,7 @@ TABLE = {
     "ops": {"types"},
     "dist": set(),
     "hints": set(),
+    "process": set(),
     "config": {"hints"},
     "sweep": {"config"},
     "forward": {"types", "ops"},
@@ -28,7 +29,7 @@ TABLE = {
     "objectives": {"types", "ops", "dist", "layers"},
     "data": {"types"},
     "eval": {"types", "ops", "dist", "models", "forward"},
-    "report": {"types"},
+    "report": {"types", "process"},
 }
 TABLE["training"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["inference"] = TABLE.keys() - {"__init__", "inference"}

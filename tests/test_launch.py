@@ -124,8 +124,8 @@ def test_too_few_samples_for_a_batch_is_a_config_error(place, capsys):
 def test_non_finite_gradient_stops_with_its_samples_written_down(place, capsys):
     code = train(place, "not_finite", ONE, "objective.contrastive.weight=nan")
     assert code == Exit.NON_FINITE
-    note = (place / "runs" / "not_finite" / "non_finite.txt").read_text()
-    assert "contrastive=" in note and "sample ids [" in note
+    note = json.loads((place / "runs" / "not_finite" / "bad_steps.jsonl").read_text())
+    assert note["step"] == 0 and note["samples"][0]["key"].startswith("train-") and "contrastive" in note["terms"][0]
     assert json.loads((place / "runs" / "not_finite" / "run.json").read_text())["status"] == "failed"
 
 

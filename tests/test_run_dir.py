@@ -1,5 +1,7 @@
 """The directory of a run: its lock, its record, and what may change between attempts."""
 
+import copy
+import functools
 import json
 import os
 import signal
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vlp import config
 from vlp.training import run_dir
+from vlp.training.assemble import plain
 from vlp.training.exits import Exit, StopRun
 
 # Holds the lock in a process that has forked a worker, as a data loader does; both sleep.
@@ -43,8 +47,8 @@ def test_a_second_process_is_refused_with_the_owner_and_a_killed_one_frees_the_l
         process.send_signal(signal.SIGKILL)
         process.wait()
         os.kill(worker, 0)  # the forked worker still lives, and holds no lock
-        with run_dir.locked(tmp_path):
-            assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+        with run_dir.locked(tmp_path) as lease:
+            assert lease.number == 2 and [path.name for path in tmp_path.glob("lease-*")] == ["lease-000002"]
     finally:
         process.kill()
         os.kill(worker, signal.SIGKILL)
@@ -101,34 +105,87 @@ def stored(tmp_path, config=CONFIG) -> Path:
     return tmp_path
 
 
-def changed(**sections) -> dict:
+def different(**sections) -> dict:
     return {name: {**section, **sections.get(name, {})} for name, section in CONFIG.items()}
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [{}, {"run": {"resume": False}}, {"data": {"sources": {"v": 2}}}, {"run": {"stop_after": 3}}],
-)
-def test_the_same_config_and_free_keys_may_continue(tmp_path, sections):
-    run_dir.refuse_other_config(stored(tmp_path), changed(**sections))
-
-
-def test_every_key_that_makes_another_run_is_listed(tmp_path):
-    new = changed(optim={"lr": 2e-05, "lr_factors": {"*": 0.1}}, run={"seed": 3})
+def test_every_difference_is_listed_by_class_and_the_way_out_is_named(tmp_path):
+    new = different(optim={"lr": 2e-05, "lr_factors": {"*": 0.1}}, run={"seed": 3, "resume": False})
     with pytest.raises(StopRun) as stop:
-        run_dir.refuse_other_config(stored(tmp_path), new)
+        run_dir.changes(stored(tmp_path), new)
     assert stop.value.code == Exit.RESUME_REFUSED == 76
-    lines = stop.value.message.splitlines()[1:-1]
-    assert lines[0] == "  optim.lr: was 1e-05, is 2e-05" and "  run.seed: was 'absent', is 3" in lines
-    assert {line.split(":")[0].strip() for line in lines} == {
-        "optim.lr", "optim.lr_factors", "optim.lr_factors.*", "run.seed",
-    }  # fmt: skip
+    assert stop.value.message.splitlines()[1:] == [
+        "  free: run.resume: was True, is False",
+        "  needs run.allow: optim.lr: was 1e-05, is 2e-05",
+        "  needs run.allow: optim.lr_factors: was {}, is 'absent'",
+        "  needs run.allow: optim.lr_factors.*: was 'absent', is 0.1",
+        "  refused: run.seed: was 'absent', is 3",
+        "choose another run.name, or the old values.",
+    ]
+
+
+def test_a_change_that_the_user_allows_continues_and_is_printed(tmp_path):
+    new = different(optim={"lr": 2e-05})
+    with pytest.raises(StopRun, match=r"continue all the same with run\.allow=\[optim\.lr\]"):
+        run_dir.changes(stored(tmp_path), new)
+    lines = run_dir.changes(tmp_path, new, allow=["optim.lr"])
+    assert lines == ["changed since the last attempt:  allowed: optim.lr: was 1e-05, is 2e-05"]
+
+
+def test_the_flag_allows_nothing_that_is_refused(tmp_path):
+    with pytest.raises(StopRun, match=r"refused: run\.seed"):
+        run_dir.changes(stored(tmp_path), different(run={"seed": 3}), allow=["run.seed", "*"])
+
+
+# One key each that is changed in the config of a run: what happens when it goes on.
+FREE = """trainer.max_steps=9 trainer.accumulate=2 trainer.nan_policy=skip trainer.max_skipped_steps=1
+trainer.max_rewinds=1 trainer.spike_factor=3.0 trainer.timeout_s=5 trainer.max_time_s=60
+trainer.check_replicas_every=1 trainer.ledger=true trainer.log_every=7 trainer.checkpoint_every=7
+trainer.keep_checkpoints=7 trainer.devices=2 trainer.strategy=ddp trainer.num_threads=2 data.num_workers=3
+data.cache_gib=1.0 eval.every=4 eval.batch_size=2 run.resume=false run.stop_after=3 run.hold_after=null
+paths.runs=elsewhere"""
+WITH_FLAG = """optim.lr=0.5 optim.eps=0.1 optim.weight_decay=0.5 schedule.warmup_steps=3
+trainer.clip_grad_norm=0.1 trainer.precision=bf16-mixed objective.contrastive.weight=0.5 data.batch_size=8"""
+REFUSED = """run.seed=1 data.num_lanes=2 data.window_shards=9 data.bucket_steps=2
++data.sources.world.weight=0.5 clip.num_frames=4 tokenizer.vocab_size=99 model.embed_dim=7 optim.ema_decay=0.9
+optim.freeze=[model.text*] objective.captioning=null text.config.num_hidden_layers=1 run.name=other"""
+TABLE = [
+    (word, kind) for kind, words in (("free", FREE), ("flag", WITH_FLAG), ("no", REFUSED)) for word in words.split()
+]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, dict]:
+    cfg = plain(config.load(["+experiment=quickstart", "+scale=tiny"]))
+    return stored(tmp_path_factory.mktemp("quickstart"), cfg), cfg
+
+
+@pytest.mark.parametrize(("word", "kind"), TABLE)
+def test_each_single_change_of_a_config_is_in_its_class(quickstart, word, kind):
+    (directory, old), (key, _, value) = quickstart, word.lstrip("+").partition("=")
+    *path, last = key.split(".")
+    new = copy.deepcopy(old)
+    functools.reduce(lambda node, name: node[name], path, new)[last] = yaml.safe_load(value)
+    if kind == "free":
+        assert run_dir.changes(directory, new)
+        return
+    with pytest.raises(StopRun):
+        run_dir.changes(directory, new)
+    if kind == "flag":
+        assert run_dir.changes(directory, new, allow=[key])
+    else:
+        with pytest.raises(StopRun, match="refused"):
+            run_dir.changes(directory, new, allow=[key])
+
+
+def test_the_table_of_changes_is_of_forty_or_more():
+    assert len(TABLE) >= 40
 
 
 def test_a_key_that_only_begins_like_a_free_one_is_not_free(tmp_path):
     with pytest.raises(StopRun, match=r"trainer\.devices_per_node"):
-        run_dir.refuse_other_config(stored(tmp_path), {**CONFIG, "trainer": {"devices_per_node": 2}})
+        run_dir.changes(stored(tmp_path), {**CONFIG, "trainer": {"devices_per_node": 2}})
 
 
 def test_a_fresh_directory_may_begin(tmp_path):
-    run_dir.refuse_other_config(tmp_path, CONFIG)
+    assert run_dir.changes(tmp_path, CONFIG) == []

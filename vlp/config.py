@@ -57,6 +57,8 @@ class Run:
     tiny: bool  # every part in the small size that its file states; of the scales for tests and laptops
     resume: bool  # continue the run of this name if there is one
     stop_after: int | None  # commit and stop after this many steps of this attempt (exit 75), as a preemption would
+    allow: list[str]  # keys that may differ from the attempt before although they change the training
+    hold_after: int | None  # failures in a row at one step, after which the run is not started again; null = never
 
 
 @dataclasses.dataclass
@@ -77,8 +79,18 @@ class Trainer:
     devices: int | str
     num_nodes: int
     clip_grad_norm: float | None
-    nan_policy: str  # stop | skip
+    nan_policy: str  # stop | skip | rewind: what to do with a step whose gradient is not finite
     max_skipped_steps: int
+    max_rewinds: int
+    spike_factor: (
+        float | None
+    )  # a step whose loss or gradient norm is above so many times the median is bad; null = off
+    spike_window: int  # steps of that median
+    spike_policy: str  # stop | skip | rewind
+    timeout_s: float | None  # a rank that makes no progress in a step for so long hangs (exit 80); null = never
+    max_time_s: float | None  # commit and stop in time before so many seconds have passed (exit 75)
+    check_replicas_every: int | None  # steps between comparisons of the ranks' weights (exit 83); null = never
+    ledger: bool  # write what each step read and computed, to the last bit
     bad_sample_budget: float  # share of the slots that may be unusable before the run stops with exit 65
     log_every: int
     checkpoint_every: int
@@ -540,7 +552,8 @@ def _value_errors(tree: Mapping) -> Iterator[str]:
                 yield f"{path}: {value} is not possible; it must be {words}."
     if not NAME.fullmatch(run["name"]):
         yield f"run.name: {run['name']!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
-    for key, allowed in (("nan_policy", ("stop", "skip")), ("precision", _PRECISIONS), ("strategy", _STRATEGIES)):
+    policies = {f"{kind}_policy": ("stop", "skip", "rewind") for kind in ("nan", "spike")}
+    for key, allowed in (*policies.items(), ("precision", _PRECISIONS), ("strategy", _STRATEGIES)):
         if trainer[key] not in allowed:
             yield f"trainer.{key}: {trainer[key]!r} is not known; use one of {', '.join(allowed)}."
     if data["batch_size"] % data["num_lanes"]:
@@ -564,18 +577,21 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
         *(f"trainer.{key}" for key in ("max_steps", "accumulate", "log_every", "checkpoint_every")),
         *("eval.every", "eval.batch_size"),
         *(f"trainer.{key}" for key in ("num_nodes", "num_threads", "keep_checkpoints", "zero.bucket_elements")),
+        *("trainer.spike_window", "trainer.check_replicas_every", "run.hold_after"),
         *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards", "bucket_steps")),
         *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length", "run.stop_after"),
         *(f"cluster.{key}" for key in ("nodes", "gpus_per_node", "cores_per_node", "num_clips")),
     ),
     ("0 or more", lambda value: value >= 0): (
-        *("trainer.max_skipped_steps", "trainer.zero.persistent_elements", "data.num_workers", "optim.weight_decay"),
+        *("trainer.max_skipped_steps", "trainer.max_rewinds", "trainer.zero.persistent_elements", "data.num_workers"),
+        "optim.weight_decay",
         *(f"cluster.{key}" for key in ("reserved_gib", "launch_us", "save_stall_s", "save_write_s", "restart_s")),
     ),
     ("above 0", lambda value: value > 0): (
         *("optim.lr", "optim.eps", "trainer.clip_grad_norm", "cluster.network_gb_s", "cluster.epochs"),
-        "cluster.gpu_mtbf_hours",
+        *("cluster.gpu_mtbf_hours", "trainer.timeout_s", "trainer.max_time_s"),
     ),
+    ("above 1", lambda value: value > 1): ("trainer.spike_factor",),
     ("between 0 and 1", lambda value: 0 <= value <= 1): ("trainer.bad_sample_budget", "data.holdout"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay", "cluster.utilisation"),
     ("above 0 and below 1", lambda value: 0 < value < 1): ("optim.ema_decay",),

@@ -4,12 +4,18 @@ Axes: B clips of a rank, W ranks.
 """
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor
+
+waited_s = 0.0  # in collectives, for the other ranks; next to nothing where a GPU runs them beside the process
+num_entered = 0  # collectives that this rank has begun: one that hangs elsewhere has begun fewer than those that wait
 
 
 def world_size() -> int:
@@ -67,7 +73,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     total = x.detach().clone()
-    torch_dist.all_reduce(total)
+    with _collective():
+        torch_dist.all_reduce(total)
     return total
 
 
@@ -75,7 +82,8 @@ def sum_own_rows(x: Tensor) -> Tensor:
     """Return this rank's rows [B, ...] of the sum over all ranks of x [W*B, ...], without gradient; overwrites x."""
     if world_size() == 1:
         return x
-    torch_dist.all_reduce(x)  # gloo has no reduce_scatter
+    with _collective():
+        torch_dist.all_reduce(x)  # gloo has no reduce_scatter
     num_rows = len(x) // world_size()
     return x.narrow(0, rank() * num_rows, num_rows)
 
@@ -85,7 +93,8 @@ def max_over_ranks(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     largest = x.detach().clone()
-    torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+    with _collective():
+        torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return largest
 
 
@@ -122,6 +131,16 @@ def side_group() -> Any:
     return _side[1]
 
 
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Count the collective that is begun inside, and the seconds until it lets this process go on."""
+    global num_entered, waited_s
+    num_entered += 1
+    began = time.perf_counter()
+    yield
+    waited_s += time.perf_counter() - began
+
+
 def _padded(x: Tensor, length: int) -> Tensor:
     """Pad axis 1 of x [B, N, ...] with zeros to `length`."""
     return F.pad(x, (*[0, 0] * (x.ndim - 2), 0, length - x.shape[1]))
@@ -130,5 +149,6 @@ def _padded(x: Tensor, length: int) -> Tensor:
 def _all_gather(x: Tensor) -> Tensor:
     x = x.contiguous()  # before `empty_like` copies its strides: NCCL fills parts by memory, not by element
     parts = [torch.empty_like(x) for _ in range(world_size())]
-    torch_dist.all_gather(parts, x)
+    with _collective():
+        torch_dist.all_gather(parts, x)
     return torch.cat(parts)

@@ -28,6 +28,10 @@ from vlp.types import Batch, Reason, Tokens
 Scorer = Callable[[Tokens], Tensor]  # fused tokens [B, L, D] -> logit [B] that text and video belong together
 
 
+class StoppedError(Exception):
+    """A rank wished to stop; the evaluation left nothing behind."""
+
+
 class EvalData(NamedTuple):
     """One split of one source, and how its texts are read and written."""
 
@@ -44,6 +48,7 @@ class EvalData(NamedTuple):
     max_length: int  # tokens of a text, the first and the last one included
     num_clips: int  # of the split, over all ranks, unusable ones included
     batch_size: int  # clips a forward pass on one rank; shorter batches are filled up
+    is_stopping: Callable[[], Any] = lambda: None  # asked before each batch; if any rank says so, all stop
 
 
 class Task(Protocol):
@@ -88,6 +93,7 @@ def evaluate(
 
     Raises:
         ValueError: the ranks' batches are not each clip of the split once, or a text is not its clip's first caption.
+        StoppedError: on all ranks, when one of them wishes to stop.
     """
     data = data._replace(meta=cache(data.meta))
     pictures, seen = strips.Strips(), []
@@ -178,7 +184,13 @@ def _in_step(data: EvalData, device: torch.device | str) -> Iterator[Batch]:
     batches = iter(data.batches())
     batch = next(batches, None)
     empty = _empty_like_first(batch, data)
-    while dist.max_over_ranks(torch.tensor(int(batch is not None), device=device)):
+    while True:
+        state = torch.tensor([batch is not None, bool(data.is_stopping())], dtype=torch.long, device=device)
+        is_left, is_stopping = dist.max_over_ranks(state).tolist()
+        if is_stopping:
+            raise StoppedError
+        if not is_left:
+            return
         yield _filled(empty if batch is None else batch, data.batch_size)
         batch = next(batches, None)
 

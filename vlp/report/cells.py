@@ -6,12 +6,13 @@ runs/SWEEP/
     _jobs/          what was handed to SLURM           _logs/CELL.exit     the exit code of its last attempt
 """
 
-import fcntl
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from vlp.process import Process, is_gone
 from vlp.report import words
 from vlp.report.panels import newest_by_source
 from vlp.report.read import Metrics, read_json, read_metrics, read_run
@@ -20,6 +21,7 @@ from vlp.report.records import EMPTY, Evaluation, Row, Run
 DONE, RUNNING, STOPPED, FAILED, WAITING = "done", "running", "stopped", "failed", "waiting"
 CAN_CONTINUE = 75
 MAX_DETAIL = 300  # characters of a log's last line
+SILENT_S = 30.0  # an owner on another machine that shows no life for so long is dead
 
 
 class CellFile(NamedTuple):
@@ -138,15 +140,17 @@ def last_exit(directory: Path, name: str, run: Run | None) -> int | None:
 
 
 def is_locked(place: Path) -> bool:
-    """Tell whether a process owns a run directory."""
-    try:
-        with (place / "run.lock").open("r+", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    """Tell whether a process owns a run directory, by its newest lease (vlp.training.lease)."""
+    newest = max(place.glob("lease-*"), default=None)
+    if newest is None:
         return False
-    except OSError:
-        return True
-    return False
+    try:
+        values = json.loads(newest.read_text(encoding="utf-8"))
+        holder = Process(values["host"], values["pid"], values["born"])
+        silent_s = time.time() - newest.stat().st_mtime
+    except (OSError, ValueError):
+        return True  # it is being written
+    return not values["is_free"] and not is_gone(holder) and silent_s < SILENT_S
 
 
 def last_line(log: Path) -> str:

@@ -1,8 +1,9 @@
 """What happens around the steps of a run: log, show, count bad samples, evaluate, commit, stop."""
 
-import signal
+import statistics
+import sys
+import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,10 +11,17 @@ import torch
 from tqdm import tqdm
 
 from vlp import dist
+from vlp.eval.runner import StoppedError
+from vlp.training import guard, replicas
+from vlp.training.exits import Exit, StopRun
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import Pretraining
 from vlp.training.saver import Saver
+from vlp.training.stopping import Wish
+from vlp.training.trackers import Trackers
 from vlp.types import Reason
+
+_SLOW_FACTOR, _SLOW_S = 1.5, 0.05  # a rank is slow that is busy so much longer than the median of the others
 
 
 class DataBudgetError(RuntimeError):
@@ -89,16 +97,19 @@ class MetricsLog(pl.Callback):
     Losses are means over the global batch, unweighted, with their counts.
     """
 
-    def __init__(self, csv: MetricsCsv | None, *, every: int) -> None:
-        self.csv, self.every = csv, every
-        self.window: list[tuple[float, float]] = []
+    def __init__(self, csv: MetricsCsv | None, trackers: Trackers, *, every: int, attempt: int) -> None:
+        self.csv, self.trackers, self.every, self.attempt = csv, trackers, every, attempt
+        self.window: list[tuple[float, float, float]] = []
+        self.waited_s = dist.waited_s
+        self.named: set[int] = set()  # slow ranks that have been reported
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect times; every `every` steps read the tensors, which waits for the device."""
         last = pl_module.last
-        self.window.append((last["step_s"], last["data_wait_s"]))
+        self.window.append((last["step_s"], last["data_wait_s"], dist.waited_s - self.waited_s))
+        self.waited_s = dist.waited_s
         last_step = pl_module.cursor >= pl_module.recipe.max_steps
         if pl_module.cursor % self.every and batch_idx and not last_step:
             return
@@ -114,16 +125,17 @@ class MetricsLog(pl.Callback):
         self.write(trainer, pl_module.cursor, values)
 
     def write(self, trainer: pl.Trainer, step: int, values: Mapping[str, float]) -> None:
-        """Send one row to the file and to the loggers; only rank 0 writes."""
+        """Send one row to the file and to the loggers; only rank 0 writes. Steps done again differ by attempt."""
         if self.csv is None:
             return
-        self.csv.append(step, values)
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=step)
+        row = {**values, "attempt": self.attempt}
+        self.csv.append(step, row)
+        self.trackers.put(step, row)
 
     def _rates(self, trainer: pl.Trainer, pl_module: Pretraining, batch: Any) -> dict[str, float]:
-        step_s, wait_s = (sum(column) / len(self.window) for column in zip(*self.window, strict=True))
+        step_s, wait_s, other_s = (sum(column) / len(self.window) for column in zip(*self.window, strict=True))
         self.window.clear()
+        self._report_slow(torch.tensor([[step_s, wait_s, other_s]], device=pl_module.device), pl_module.cursor)
         num_clips = sum(len(micro.valid) for micro in batch.batches) * dist.world_size()
         assert pl_module.update is not None
         rate = pl_module.update.optimizer.param_groups[0]
@@ -137,6 +149,19 @@ class MetricsLog(pl.Callback):
         if "logit_scale" in pl_module.last:
             values["train/logit_scale"] = float(pl_module.last["logit_scale"])
         return values
+
+    def _report_slow(self, split: torch.Tensor, step: int) -> None:
+        """Name a rank for which the others wait; `split` [1, 3]: seconds of a step, waiting for data, for ranks."""
+        rows = dist.gather(split).tolist()  # [W, 3]
+        busy = [step_s - for_ranks_s for step_s, _, for_ranks_s in rows]
+        slow = busy.index(max(busy))
+        usual = statistics.median(busy[:slow] + busy[slow + 1 :]) if len(busy) > 1 else busy[0]
+        if busy[slow] < _SLOW_FACTOR * usual or busy[slow] - usual < _SLOW_S or slow in self.named or self.csv is None:
+            return
+        self.named.add(slow)
+        step_s, data_s, for_ranks_s = rows[slow]
+        text = f"data {data_s:.2f}, compute {busy[slow] - data_s:.2f}, waiting for other ranks {for_ranks_s:.2f}"
+        print(f"rank {slow} is slow at step {step}: {step_s:.2f} s a step ({text}); the others are busy {usual:.2f} s.")
 
 
 class Saving(pl.Callback):
@@ -195,47 +220,62 @@ class Bar(pl.Callback):
 
 
 class Commit(pl.Callback):
-    """Saves every `every` steps, at the end, and when the run is told to stop.
+    """Saves every `every` steps, at the end, after a rewind, and when a rank wishes to stop.
 
-    USR1, TERM and INT set a flag; the ranks agree on it at the end of a step, save, and stop.
+    The ranks agree on the wish at the end of a step, save, and stop at the same step.
 
     Args:
-        save: (module) -> None, writes a checkpoint.
-        every: steps. stop_after: stop by itself after this many steps of this attempt.
+        save: (module) -> None, writes a checkpoint. every: steps. wish: of this rank.
+        check_replicas_every: steps between comparisons of the ranks' weights; None = never.
     """
 
-    signals = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, save: Callable[[Pretraining], None], *, every: int, stop_after: int | None) -> None:
-        self.save, self.every, self.stop_after = save, every, stop_after
-        self.flag = False
-        self.stopped = False  # told to stop before the last step
-        self.old: dict[int, Any] = {}
+    def __init__(
+        self,
+        save: Callable[[Pretraining], None],
+        *,
+        every: int,
+        wish: Wish,
+        check_replicas_every: int | None,
+    ) -> None:
+        self.save, self.every, self.wish, self.check_every = save, every, wish, check_replicas_every
+        self.stopped = False  # before the last step
+        self.why = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Pretraining) -> None:
-        """Take over the signals, which Lightning would answer by dying at once."""
-        self.old = {number: signal.signal(number, self._set_flag) for number in self.signals}
+        """Stop before the first step if a rank was told to while it started; there is nothing to save yet."""
+        if self._agree(pl_module):
+            raise StopRun(Exit.PREEMPTED, f"stopped {self.why} at step {pl_module.cursor}, before the first one.")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when due; stop on all ranks at the same step."""
+        self.wish.count_step()
         done = pl_module.cursor >= pl_module.recipe.max_steps
-        wish = self.flag or (self.stop_after is not None and batch_idx + 1 >= self.stop_after)
-        flag = dist.max_over_ranks(torch.tensor(int(wish), device=pl_module.device))
-        self.stopped = bool(flag) and not done
-        if self.stopped or done or pl_module.cursor % self.every == 0:
-            self.save(pl_module)
+        self.stopped = self._agree(pl_module) and not done
+        due = self.stopped or done or pl_module.guard.has_rewound or pl_module.cursor % self.every == 0
+        assert pl_module.update is not None
+        every = None if pl_module.update.frozen_sharded else self.check_every  # ZeRO-3 has no replicas
+        if every is not None and (due or pl_module.cursor % every == 0):
+            replicas.check(pl_module, pl_module.cursor)
+        if due:
+            self._save(pl_module)
         if self.stopped:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
+    def _save(self, pl_module: Pretraining) -> None:
+        began = time.monotonic()
+        pl_module.mark("save")
+        guard.refuse_non_finite(pl_module.own_values(), pl_module.cursor)
+        self.save(pl_module)
+        pl_module.guard.has_rewound = False
+        pl_module.mark("log")
+        self.wish.count_save(time.monotonic() - began)
 
-    def _set_flag(self, number: int, frame: Any) -> None:
-        self.flag = True
+    def _agree(self, pl_module: Pretraining) -> bool:
+        wish = self.wish()
+        self.why = wish or "by another rank"
+        return bool(dist.max_over_ranks(torch.tensor(int(wish is not None), device=pl_module.device)))
 
 
 class Evaluation(pl.Callback):
@@ -245,6 +285,7 @@ class Evaluation(pl.Callback):
         self, run: Callable[[Pretraining], Mapping[str, float]], *, every: int | None, log: MetricsLog
     ) -> None:
         self.run, self.every, self.rows = run, every, log  # Lightning takes the name `log` for itself
+        self.broken_off = False  # the last one
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
@@ -252,31 +293,61 @@ class Evaluation(pl.Callback):
         """Evaluate when due; the time does not count as data wait."""
         if self.every is None or pl_module.cursor % self.every or pl_module.cursor >= pl_module.recipe.max_steps:
             return
-        self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
-        pl_module.on_train_start()
+        pl_module.mark("evaluation")
+        try:
+            self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
+        except StoppedError:
+            return  # the steps are saved next; scores can be had later
+        except OSError as error:  # a full disk: what was trained is worth more than its scores
+            print(f"the evaluation at step {pl_module.cursor} was not written ({error}).", file=sys.stderr, flush=True)
+        finally:
+            pl_module.mark("log")
+            pl_module.restart_clock()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Pretraining) -> None:
-        """Evaluate what was trained, unless the run was told to stop before."""
-        if pl_module.cursor >= pl_module.recipe.max_steps:
+        """Evaluate what was trained, unless the run was told to stop before, or is told to stop meanwhile."""
+        if pl_module.cursor < pl_module.recipe.max_steps:
+            return
+        pl_module.mark("evaluation")
+        try:
             self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
+        except StoppedError:
+            self.broken_off = True
 
 
-class NonFiniteNotes(pl.Callback):
-    """Writes skipped steps and their samples to `non_finite.txt`."""
+class Rehearsal(pl.Callback):
+    """Does the first step of an attempt once in vain where ranks train together; see `Pretraining.rehearse`."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Pretraining, batch: Any, batch_idx: int) -> None:
+        """Go through the wrapper that sums the gradients, as a step does."""
+        if batch_idx == 0 and isinstance(trainer.strategy.model, torch.nn.parallel.DistributedDataParallel):
+            pl_module.rehearse(batch)
+            pl_module.restart_clock()
+
+
+class Marks(pl.Callback):
+    """Tells the watchdog the step; stands last in the list of callbacks."""
+
+    def __init__(self, mark: Callable[..., None]) -> None:
+        self.mark = mark
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Append the note of a step that was skipped."""
-        message = pl_module.last.pop("non_finite", None)
-        if message:
-            write_note(self.directory, message)
+        """From now on the rank waits for data."""
+        self.mark("data", step=pl_module.cursor)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What follows may take as long as it takes."""
+        self.mark("end")
 
 
-def write_note(directory: Path, message: str) -> None:
-    """Append one line on a non-finite step."""
-    with (directory / "non_finite.txt").open("a", encoding="utf-8") as file:
-        file.write(message + "\n")
+class Endings(pl.Callback):
+    """Tells the other ranks at once why this one stops, before anything is torn down."""
+
+    def __init__(self, tell: Callable[[BaseException], None]) -> None:
+        self.tell = tell
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Tell."""
+        self.tell(exception)

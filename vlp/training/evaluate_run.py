@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlp import config
-from vlp.training import run_dir
+from vlp.training import environment, run_dir
 from vlp.training.assemble import assemble
 from vlp.training.exits import Exit, reported
 from vlp.training.launch import Attempt, quiet
@@ -56,8 +56,9 @@ def _evaluate(run: Path, task: str | None, overrides: Sequence[str]) -> int:
         raise config.ConfigError(messages)
     if task is not None:
         cfg.eval.tasks = {task: tasks[task]}
-    with run_dir.locked(run):
-        attempt = Attempt(cfg, assemble(cfg), run, first=True)
+    alone = environment.Ranks(rank=0, world_size=1, session="evaluation", launcher=None)
+    with run_dir.locked(run) as lease:
+        attempt = Attempt(cfg, assemble(cfg), run, first=True, ranks=alone, lease=lease)
         scores = attempt.evaluate_only()
     _show(scores, attempt.evaluator.skipped)
     return Exit.DONE

@@ -23,6 +23,7 @@ class Evaluator:
         self, system: System, nodes: Mapping[str, Any], data: VideoTextData, *, batch_size: int, directory: Path
     ) -> None:
         self.data, self.batch_size, self.directory = data, batch_size, directory
+        self.is_stopping: Callable[[], Any] = lambda: None
         self.graph = Graph(system.model, fields=Batch._fields, views={})
         self.tasks = {name: config.build(node, f"eval.tasks.{name}") for name, node in nodes.items() if node}
         self.skipped = {
@@ -71,6 +72,7 @@ class Evaluator:
             max_length=tokenizer.max_length,
             num_clips=len(reader),
             batch_size=self.batch_size,
+            is_stopping=self.is_stopping,
         )
 
 

@@ -1,10 +1,12 @@
 """Exit codes: documented, stable, and the only thing a scheduler needs to read."""
 
+import os
 import sys
 from collections.abc import Callable
 from enum import IntEnum
 
 from vlp.config import ConfigError
+from vlp.training import redact
 
 
 class Exit(IntEnum):
@@ -26,6 +28,9 @@ class Exit(IntEnum):
     DIVERGED = 83
 
 
+left_behind: list[str] = []  # threads that wait for something outside; the end of the interpreter would wait for them
+
+
 class StopRun(Exception):  # noqa: N818  (it is an ending, not always an error)
     """End the process with a code and one line for the user."""
 
@@ -39,8 +44,17 @@ def reported(command: Callable[[], int]) -> int:
     try:
         return command()
     except ConfigError as error:
-        print("\n".join(f"config: {line}" for line in error.messages), file=sys.stderr)
+        print(redact.text("\n".join(f"config: {line}" for line in error.messages)), file=sys.stderr)
         return Exit.BAD_CONFIG
     except StopRun as stop:
-        print(stop.message, file=sys.stderr)
+        print(redact.text(stop.message), file=sys.stderr)
         return stop.code
+
+
+def leave(code: int) -> None:
+    """End the process; without ceremony if something that was left behind would keep it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if left_behind:
+        os._exit(code)
+    sys.exit(code)

@@ -4,17 +4,19 @@ import copy
 import datetime
 import logging
 import sys
+import threading
 import time
-import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig
+from pytorch_lightning.strategies.launchers import subprocess_script
 
 from vlp import config, dist, sweep
 from vlp.data import plan
@@ -26,50 +28,61 @@ from vlp.report.run import write_report
 from vlp.training import (
     checkpoint,
     cluster,
+    endings,
     environment,
+    history,
     optim,
     prepare,
+    redact,
     run_dir,
+    signals,
     state,
     streams,
     summary,
     sweep_run,
 )
 from vlp.training.assemble import System, assemble, plain
-from vlp.training.callbacks import (
-    Bar,
-    Commit,
-    Counting,
-    DataBudgetError,
-    Evaluation,
-    MetricsLog,
-    NonFiniteNotes,
-    Saving,
-    write_note,
-)
+from vlp.training.callbacks import Bar, Commit, Counting, Endings, Evaluation, Marks, MetricsLog, Rehearsal, Saving
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
+from vlp.training.guard import Guard, Limits
+from vlp.training.lease import Lease
+from vlp.training.ledger import Ledger
 from vlp.training.metrics_csv import MetricsCsv
-from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
+from vlp.training.module import Pretraining, Recipe
 from vlp.training.precision import PRECISIONS
 from vlp.training.saver import Saver
+from vlp.training.stopping import Wish
 from vlp.training.strategy import STRATEGIES, Needs
 from vlp.training.traces import refuse_silent_start
+from vlp.training.trackers import Trackers, public_facts
+from vlp.training.watchdog import Ending, Watchdog
+
+_COLLECTIVE_TIMEOUT_S = 1800.0  # of gloo and NCCL: they stand behind the watchdog, and evaluations may be uneven
 
 
 def main(overrides: Sequence[str]) -> int:
     """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
-    quiet()
-    with streams.tolerant():
-        if sweep.is_asked(overrides):
+    if sweep.is_asked(overrides):
+        quiet()
+        with streams.tolerant():
             return sweep_run.main(overrides)
-        return reported(lambda: train(config.load(overrides)))
+    return run(lambda: config.load(overrides))
+
+
+def run(load: Callable[[], DictConfig]) -> int:
+    """Train the config that is loaded inside; return the exit code."""
+    quiet()
+    with streams.tolerant(), signals.listening():
+        return reported(lambda: train(load()))
 
 
 def quiet() -> None:
     """Keep the greetings and tips of libraries off the screen; their errors still show."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    # Lightning would kill rank 0 before it can say why another rank has ended.
+    subprocess_script._launch_process_observer = lambda processes: None  # pyright: ignore[reportPrivateImportUsage]
 
 
 def train(cfg: DictConfig) -> int:
@@ -88,9 +101,25 @@ def train(cfg: DictConfig) -> int:
     if cfg.trainer.compile:
         for block in blocks_of(system.model):
             block.compile()
+    ranks = environment.ranks(devices=cfg.trainer.devices, num_nodes=cfg.trainer.num_nodes)
+    _refuse_layout(cfg, ranks.world_size)
     first = environment.is_first_process()
-    with run_dir.locked(directory) if first else nullcontext():
-        return Attempt(cfg, system, directory, first=first).run()
+    with run_dir.locked(directory) if first else nullcontext() as lease:
+        return Attempt(cfg, system, directory, first=first, ranks=ranks, lease=lease).run()
+
+
+def _refuse_layout(cfg: DictConfig, world_size: int) -> None:
+    """Find before any group forms that a number of ranks cannot share the batch; the message lists those that can."""
+    data = cfg.data
+    try:
+        plan.check_layout(
+            global_batch=data.batch_size,
+            num_lanes=data.num_lanes,
+            world_size=world_size,
+            accumulate=cfg.trainer.accumulate,
+        )
+    except ValueError as error:
+        raise config.ConfigError([str(error)]) from None
 
 
 def recipe_of(cfg: DictConfig) -> Recipe:
@@ -104,8 +133,6 @@ def recipe_of(cfg: DictConfig) -> Recipe:
         clip_grad_norm=cfg.trainer.clip_grad_norm,
         precision=PRECISIONS[cfg.trainer.precision],
         ema_decay=cfg.optim.ema_decay,
-        nan_policy=cfg.trainer.nan_policy,
-        max_skipped_steps=cfg.trainer.max_skipped_steps,
         seed=cfg.run.seed,
     )
 
@@ -113,51 +140,62 @@ def recipe_of(cfg: DictConfig) -> Recipe:
 class Attempt:
     """One attempt at a run: from a fresh start or from its newest checkpoint to its end, whatever that is."""
 
-    def __init__(self, cfg: DictConfig, system: System, directory: Path, *, first: bool) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        system: System,
+        directory: Path,
+        *,
+        first: bool,
+        ranks: environment.Ranks,
+        lease: Lease | None,
+    ) -> None:
         self.cfg, self.system, self.directory, self.first = cfg, system, directory, first
+        self.plain = redact.tree(plain(cfg))  # what may be written down
+        self.ranks, self.lease = ranks, lease
         self.started = time.monotonic()
         self.plugins = cluster.plugins(cfg)
         if cfg.trainer.num_threads is not None:
             torch.set_num_threads(cfg.trainer.num_threads)
-        run_dir.refuse_other_config(directory, plain(cfg))
         self.record = run_dir.Record(directory, writes=first)
         self.saver = Saver(
             directory / "checkpoints",
             keep=cfg.trainer.keep_checkpoints,
             background=cfg.trainer.checkpoint_async,
         )
-        self.data = self._data()
-        self.module = self._module()
-        self.evaluator = Evaluator(
-            system, plain(cfg.eval.tasks), self.data, batch_size=cfg.eval.batch_size, directory=directory
+        self.watchdog = Watchdog(
+            directory,
+            session=ranks.session,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout_s=cfg.trainer.timeout_s,
+            at_end=self._end_by_watchdog,
+            launcher=ranks.launcher,
         )
+        self.code: Exit | None = None  # once it is known why this attempt ends early
+        self.wish = Wish(steps=cfg.run.stop_after, seconds=self._seconds_left())
 
     def run(self) -> int:
         """Train, evaluate and report; return the exit code."""
-        self._restore()
-        self._introduce()
-        if self.module.cursor >= self.cfg.trainer.max_steps:
-            return self._already_done()
-        code, status, start = Exit.BUG, "failed", self.module.cursor
-        try:
-            stopped = self._fit()
-            code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
-        except StopRun as stop:
-            code = self._explain(stop.code, stop)
-        except NonFiniteLossError as error:
-            code = self._explain(Exit.NON_FINITE, error)
-            write_note(self.directory, str(error))
-        except DataBudgetError as error:
-            code = self._explain(Exit.DATA_BUDGET, error)
-        except ValueError as error:
-            if self.module.cursor == start and _refused_by_a_part(error):
-                code = self._explain(Exit.BAD_CONFIG, error)
-            else:
-                traceback.print_exc()
-        except Exception:  # a bug: the traceback is for us, the record is for the report
-            traceback.print_exc()
-        self._finish(code, status)
-        return code
+        with self.watchdog:
+            try:
+                self._begin()
+            except (config.ConfigError, StopRun) as error:
+                self._tell(error, quietly=True)
+                raise
+            if self._is_done():
+                return self._already_done()
+            self._introduce()
+            code, status = Exit.BUG, "failed"
+            try:
+                stopped = self._fit()
+                code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
+            except Exception as error:  # whatever it was, the record and the report say so
+                self._tell(error)
+                assert self.code is not None
+                code, status = self.code, "preempted" if self.code == Exit.PREEMPTED else "failed"
+            self._finish(code, status)
+            return code
 
     def evaluate_only(self) -> dict[str, float]:
         """Score the newest checkpoint and rewrite the report.
@@ -165,6 +203,7 @@ class Attempt:
         Raises:
             StopRun: there is no checkpoint.
         """
+        self._open()
         self._restore()
         if not self.module.cursor:
             raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{self.directory} holds no valid checkpoint; train the run first.")
@@ -173,6 +212,41 @@ class Attempt:
         scores = self.evaluator(self.module)
         write_report(self.directory)
         return scores
+
+    def _begin(self) -> None:
+        """Open everything and continue from the newest checkpoint; a signal stops it at the next line."""
+        if self.first:
+            run_dir.clear_sessions(self.directory, keep=self.ranks.session)
+            history.refuse_crash_loop(self.record.values, self.directory, hold_after=self.cfg.run.hold_after)
+            for line in run_dir.changes(self.directory, self.plain, allow=list(self.cfg.run.allow)):
+                print(line, flush=True)
+        for do in (self._open, self._restore, lambda: None):
+            if (why := self.wish()) is not None:
+                raise StopRun(Exit.PREEMPTED, f"stopped {why} before the first step of this attempt.")
+            do()
+
+    def _open(self) -> None:
+        self.data = self._data()
+        self.module = self._module()
+        self.evaluator = Evaluator(
+            self.system,
+            plain(self.cfg.eval.tasks),
+            self.data,
+            batch_size=self.cfg.eval.batch_size,
+            directory=self.directory,
+        )
+        self.evaluator.is_stopping = self.wish
+
+    def _is_done(self) -> bool:
+        """A run that was stopped in its last evaluation is not done."""
+        reached = self.module.cursor >= self.cfg.trainer.max_steps
+        return reached and self.record.values.get("status") == "finished"
+
+    def _seconds_left(self) -> float | None:
+        """Return how long this job may still run, by the config and by the scheduler."""
+        end = environment.end_of_job()
+        known = [self.cfg.trainer.max_time_s, None if end is None else end - time.time()]
+        return min((seconds for seconds in known if seconds is not None), default=None)
 
     def _data(self) -> VideoTextData:
         cfg = self.cfg
@@ -220,7 +294,9 @@ class Attempt:
             graph=system.graph,
             recipe=recipe,
             loader=self._loader,
+            guard=self._guard(),
         )
+        module.mark = self.watchdog.mark
         try:
             optim.freeze(module, cfg.optim.freeze)
             optim.settings(module, layer_decay=recipe.layer_decay, lr_factors=recipe.lr_factors)
@@ -229,6 +305,25 @@ class Attempt:
         prepare.fit_parts(module, self.data, self.directory, seed=cfg.run.seed)
         recipe.precision.convert(module)  # before any strategy takes hold of the parameters
         return module
+
+    def _guard(self) -> Guard:
+        def name_sample(source: int, sample: int) -> dict[str, str]:
+            reader = self.data.reader(list(self.data.sources)[source], "train")
+            return {"key": reader.key_of(sample), "shard": redact.text(reader.shard_of(sample))}
+
+        limits = Limits(**{key: self.cfg.trainer[key] for key in Limits._fields})
+        path = self.directory / "bad_steps.jsonl"
+        return Guard(limits, path=path, rewind=self._rewind, name_sample=name_sample)
+
+    def _rewind(self) -> Mapping[str, Any] | None:
+        """Put weights, optimizer and average back to the newest checkpoint."""
+        self.saver.settle()
+        module = self.module
+        stored, _ = checkpoint.newest_valid(self.directory / "checkpoints")
+        if stored is None or module.update is None:
+            return None
+        state.restore(module, module.update, module.ema, stored)
+        return stored.facts
 
     def _loader(self, start_step: int) -> Any:
         return self.data.train_loader(
@@ -259,34 +354,51 @@ class Attempt:
         if facts["fingerprints"] != self.data.fingerprints():
             message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.module.resume(facts["cursor"], facts["num_skipped"], stored, facts["loss_scale"])
+        self.module.resume(facts["cursor"], stored, facts["loss_scale"])
+        self.module.guard.memory.load(facts["guard"])
 
     def _introduce(self) -> None:
         """Write what is known before the first step, and print it."""
         if not self.first:
             return
+        reached = max((entry["to"] for entry in history.closed(self.record.values, self.directory)), default=0)
         try:
             self._write_facts()
         except OSError as error:
             message = f"{self.directory} cannot be written ({error.strerror}); make room, or set paths.runs."
             raise StopRun(Exit.CANNOT_CREATE, message) from None
         print(summary.text(self.cfg, self.system, self.module, self.record.values, self.evaluator.skipped), flush=True)
+        if reached > self.module.cursor:
+            lost = reached - self.module.cursor
+            print(f"continuing at step {self.module.cursor}: {lost} later steps were not saved and are done again")
 
     def _write_facts(self) -> None:
-        attempts = self.record.values.get("attempts", 0) + 1
-        self.record.update(
-            **summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts, **cluster.facts()
+        self.attempt = history.begin(
+            self.record,
+            self.directory,
+            session=self.ranks.session,
+            step=self.module.cursor,
+            world_size=self.ranks.world_size,
         )
+        facts = summary.facts(self.cfg, self.system, self.module, self.data)
+        self.record.update(**redact.tree({**facts, **cluster.facts()}))
         run_dir.write_json(self.directory / "graph.json", summary.graph(self.system, self.module))
-        text = OmegaConf.to_yaml(self.cfg, resolve=True)
+        text = yaml.safe_dump(self.plain, sort_keys=False, allow_unicode=True)
         run_dir.write_text(self.directory / "config.yaml", text)
 
     def _fit(self) -> bool:
         """Train to the last step or until told to stop; return whether it was told to."""
         cfg = self.cfg
+        attempt = self.attempt if self.first else 0
         csv = MetricsCsv(self.directory / "metrics.csv", after_step=self.module.cursor) if self.first else None
-        log = MetricsLog(csv, every=cfg.trainer.log_every)
-        commit = Commit(self._save, every=cfg.trainer.checkpoint_every, stop_after=cfg.run.stop_after)
+        self.trackers = Trackers(plain(cfg.logger) if self.first else {}, public_facts(self.plain))
+        log = MetricsLog(csv, self.trackers, every=cfg.trainer.log_every, attempt=attempt)
+        commit = Commit(
+            self._save,
+            every=cfg.trainer.checkpoint_every,
+            wish=self.wish,
+            check_replicas_every=cfg.trainer.check_replicas_every,
+        )
         self.counting = Counting(
             list(self.data.sources),
             budget=cfg.trainer.bad_sample_budget,
@@ -294,24 +406,33 @@ class Attempt:
             seen=self.record.values.get("seen", {}),
         )
         evaluation = Evaluation(self.evaluator, every=cfg.eval.every, log=log)
-        callbacks: list[Any] = [self.counting, log, NonFiniteNotes(self.directory), evaluation, commit]
+        self.ledger = Ledger(self.directory / "ledger.jsonl", attempt=attempt, world_size=self.ranks.world_size)
+        callbacks: list[Any] = [Endings(self._tell), Rehearsal(), self.counting, log, evaluation, commit]
+        if cfg.trainer.ledger:
+            callbacks.insert(-2, self.ledger)
         callbacks.append(Saving(self.saver, log.write))
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
-        self._trainer(callbacks).fit(self.module)
-        return commit.stopped
+        self._trainer([*callbacks, Marks(self.watchdog.mark)]).fit(self.module)
+        return commit.stopped or evaluation.broken_off
 
     def _trainer(self, callbacks: list[Any]) -> pl.Trainer:
         section, recipe = self.cfg.trainer, self.module.recipe
-        many = section.devices if isinstance(section.devices, str) else section.devices * section.num_nodes
-        needs = Needs(recipe.precision, recipe.clip_grad_norm, many, plain(section.zero))
-        return pl.Trainer(
+        patience_s = max(_COLLECTIVE_TIMEOUT_S, 2 * (section.timeout_s or 0.0))
+        needs = Needs(
+            precision=recipe.precision,
+            max_norm=recipe.clip_grad_norm,
+            num_devices=self.ranks.world_size,
+            patience=datetime.timedelta(seconds=patience_s),
+            zero=plain(section.zero),
+        )
+        trainer = pl.Trainer(
             accelerator="auto",
             devices=section.devices,
             num_nodes=section.num_nodes,
             strategy=STRATEGIES[section.strategy](needs),
             max_epochs=1,
-            logger=[config.build(node, "logger") for node in self.cfg.logger.values() if node and self.first],
+            logger=False,  # ours are fed by threads of their own
             callbacks=callbacks,
             plugins=self.plugins,
             limit_val_batches=0,
@@ -321,23 +442,34 @@ class Attempt:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        # Lightning would answer a signal with a collective inside the handler, and a requeue of its own.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
 
     def _save(self, module: Pretraining) -> None:
         """Commit a checkpoint; every rank writes the tensors that it owns."""
         assert module.update is not None
+        if self.lease is not None:
+            self.lease.check()
         tensors = state.collect(module, module.update, module.ema)
         facts = {
             "cursor": module.cursor,
-            "num_skipped": module.num_skipped,
+            "guard": module.guard.memory.to_json(),
             "loss_scale": module.update.scale.state() if module.update.scale is not None else None,
+            "fence": self.lease.number if self.lease is not None else None,
             "fingerprints": self.data.fingerprints(),
             "plan_version": plan.VERSION,
-            "config": plain(self.cfg),
+            "config": self.plain,
             "seed": self.cfg.run.seed,
         }
         note = {"step": module.cursor, "committed": True, "seen": copy.deepcopy(self.counting.seen)}
         saved = checkpoint.State(tensors, facts)
-        self.saver.save(module.cursor, saved, then=lambda: self.record.update(**note))
+        self.saver.save(module.cursor, saved, then=lambda: self._note_commit(note))
+
+    def _note_commit(self, note: Mapping[str, Any]) -> None:
+        self.record.update(**note)
+        if self.cfg.trainer.ledger:
+            self.ledger.committed(note["step"])
 
     def _already_done(self) -> int:
         print(
@@ -346,24 +478,39 @@ class Attempt:
         )
         return Exit.DONE
 
-    def _explain(self, code: Exit, error: Exception) -> Exit:
-        print(f"stopped: {error.message if isinstance(error, StopRun) else error}", file=sys.stderr)
-        return code
+    def _tell(self, error: BaseException, *, quietly: bool = False) -> None:
+        """Tell the other ranks why this one stops; does nothing if it has been told."""
+        if self.code is None:
+            at_first_step = not self.wish.num_done
+            self.code = endings.end_by(
+                error, self.watchdog, rank=self.ranks.rank, at_first_step=at_first_step, quietly=quietly
+            )
+            self.reason = str(error)
+
+    def _end_by_watchdog(self, ending: Ending) -> None:
+        """Write the record when the watchdog ends this process; in its thread."""
+        self.reason = ending.message
+        self._finish(ending.code, "preempted" if ending.code == Exit.PREEMPTED else "failed")
 
     def _finish(self, code: int, status: str) -> None:
         """Record the end and write the report, for failed runs too."""
-        self.saver.close()
-        if not self.first:
+        if threading.current_thread() is threading.main_thread():
+            self.saver.close()
+        if not self.first or not hasattr(self, "attempt"):
             return
+        if threading.current_thread() is threading.main_thread():
+            self.trackers.close()
         seconds = self.record.values.get("seconds", 0.0) + time.monotonic() - self.started
-        sources = summary.sources(self.data, self.counting) if hasattr(self, "counting") else []
+        reason = redact.text(getattr(self, "reason", "")) or None
+        history.end(self.record, step=self.module.cursor, code=code, reason=reason)
+        if hasattr(self, "counting"):
+            sources = redact.tree(summary.sources(self.data, self.counting))
+            self.record.update(seen=self.counting.seen, sources=sources)
         self.record.update(
             status=status,
             exit_code=int(code),
             step=self.module.cursor,
             seconds=seconds,
-            seen=self.counting.seen,
-            sources=sources,
             ended=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         try:
@@ -372,9 +519,3 @@ class Attempt:
             print(f"warning: the report of {self.directory} cannot be written ({error.strerror}).", file=sys.stderr)
         else:
             print(summary.ending(self.directory, status, self.module.cursor, report))
-
-
-def _refused_by_a_part(error: ValueError) -> bool:
-    """Tell whether a part of ours raised it: only the first batch shows that a pool finds no class token."""
-    *_, innermost = traceback.extract_tb(error.__traceback__)
-    return Path(innermost.filename).is_relative_to(Path(__file__).parents[1])

@@ -27,6 +27,7 @@ from vlp.layers.temperature import Temperature
 from vlp.objectives.combine import Combined, combine, global_counts
 from vlp.training import optim, state
 from vlp.training.ema import Ema
+from vlp.training.guard import Guard, NonFiniteError
 from vlp.training.precision import LossScale, Precision
 from vlp.training.strategy import update_of
 from vlp.training.update import Update, showing
@@ -34,10 +35,6 @@ from vlp.training.whole_step import WholeStep
 from vlp.types import Term
 
 LOGIT_SCALE = Node("logit_scale")
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient is not finite; names every term and the samples of the step."""
 
 
 class Recipe(NamedTuple):
@@ -51,8 +48,6 @@ class Recipe(NamedTuple):
     clip_grad_norm: float | None
     precision: Precision
     ema_decay: float | None
-    nan_policy: str
-    max_skipped_steps: int
     seed: int
 
 
@@ -63,7 +58,7 @@ class Pretraining(pl.LightningModule):
         model: the model family. objectives: name -> module with `inputs`, `count` and `forward` -> Term.
         wirings: name -> role -> node names. weights: name -> factor.
         graph: of the model under the config's views. recipe: see Recipe.
-        loader: first step -> iterable of this rank's StepBatches up to the last step.
+        loader: first step -> iterable of this rank's StepBatches up to the last step. guard: looks at each step.
     """
 
     def __init__(
@@ -76,6 +71,7 @@ class Pretraining(pl.LightningModule):
         graph: Graph,
         recipe: Recipe,
         loader: Callable[[int], Any],
+        guard: Guard,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -84,15 +80,16 @@ class Pretraining(pl.LightningModule):
         self.wirings, self.weights, self.graph, self.recipe, self.loader = wirings, weights, graph, recipe, loader
         self.update: Update | None = None  # once the strategy is set up
         self.ema: Ema | None = None
+        self.guard = guard
         self.counters: dict[str, Any] = {name: objective.count for name, objective in objectives.items()}
         self.count_wirings = {name: _count_wiring(objectives[name], wiring) for name, wiring in wirings.items()}
         self.whole_step = WholeStep(objectives, wirings)
         self.cursor = 0  # steps of the plan that are done, skipped ones included: the data position
-        self.num_skipped = 0
         self.stored: state.Stored | None = None  # the checkpoint that the run continues from
         self.scale_state: Mapping[str, Any] | None = None  # of the loss, there
         self.last: dict[str, Any] = {}  # what the callbacks show and log
         self.ended = time.perf_counter()
+        self.mark: Callable[[str], None] = lambda place: None  # tells the watchdog where in a step this rank is
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Group the trainable parameters by rate and decay."""
@@ -115,9 +112,9 @@ class Pretraining(pl.LightningModule):
         """Open the data at the cursor; called when the ranks know each other."""
         return self.loader(self.cursor)
 
-    def resume(self, cursor: int, num_skipped: int, stored: state.Stored, scale: Mapping[str, Any] | None) -> None:
+    def resume(self, cursor: int, stored: state.Stored, scale: Mapping[str, Any] | None) -> None:
         """Continue from a checkpoint, once the strategy is set up."""
-        self.cursor, self.num_skipped, self.stored, self.scale_state = cursor, num_skipped, stored, scale
+        self.cursor, self.stored, self.scale_state = cursor, stored, scale
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which the model computes; ZeRO-3 releases weights, so it keeps no copies of them."""
@@ -137,6 +134,19 @@ class Pretraining(pl.LightningModule):
         started, update = time.perf_counter(), self.update
         assert update is not None
         optim.set_rate(update.optimizer, self.recipe.schedule(self.cursor, self.recipe.max_steps))
+        means, counts = self.differentiate(update, batch)
+        self.mark("optimizer")
+        norm = update.norm()
+        self.move(update, norm, means, batch)
+        self.note(batch, means, counts, norm, started)
+
+    def differentiate(self, update: Update, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Fill the gradients of one step.
+
+        Returns:
+            this rank's share of the mean of each objective, and the number of items of each over all ranks.
+        """
+        self.mark("counts")
         passes = [ForwardPass(self.model, micro, self.graph) for micro in batch.batches]
         counts = global_counts(self.sum_counts(passes))
         with self.autocast():
@@ -145,13 +155,28 @@ class Pretraining(pl.LightningModule):
         for number, forward in enumerate(passes):
             with update.micro(last=number == len(passes) - 1):
                 self.seed(number)
+                self.mark("forward")
                 combined = update.forward(number, forward, counts)
+                self.mark("backward")
                 update.backward(combined.loss)
             means = {name: mean + combined.means[name] for name, mean in means.items()}
             forward.values.clear()  # or the outputs of all micro-batches would pile up
-        norm = update.norm()
-        self.move(update, norm, means, batch)
-        self.note(batch, means, counts, norm, started)
+        return means, counts
+
+    def rehearse(self, batch: Any) -> None:
+        """Fill the gradients of a step and throw them away; weights, buffers and random numbers stay as they were.
+
+        Data parallelism lays out its buckets anew after the first backward pass, and the layout changes the last bits
+        of sums over three ranks or more. Rehearsed at the start of every attempt, all steps have the same layout.
+        """
+        assert self.update is not None
+        buffers = {name: value.clone() for name, value in self.named_buffers()}
+        self.differentiate(self.update, batch)
+        for parameter in self.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for name, value in self.named_buffers():
+                value.copy_(buffers[name])
 
     def seed(self, number: int) -> None:
         """Restart the random stream of this step's micro-batch `number` on this rank: dropout needs no history."""
@@ -171,8 +196,17 @@ class Pretraining(pl.LightningModule):
         }
 
     def move(self, update: Update, norm: Tensor, means: Mapping[str, Tensor], batch: Any) -> None:
-        """Move the weights if the gradient is finite; else follow the policy, the same way on every rank."""
-        if torch.isfinite(norm):
+        """Move the weights unless the guard finds trouble; the same way on every rank.
+
+        Raises:
+            NonFiniteError, SpikeError: the guard's policy ends the run.
+        """
+        trouble = None if self.scale_fell(update, norm, means) else self.guard.look(norm, means, self.weights)
+        if trouble or not torch.isfinite(norm):
+            update.discard()
+        if trouble:
+            self.guard.answer(trouble, step=self.cursor, batch=batch, means=means, seed=self.recipe.seed)
+        elif torch.isfinite(norm):
             update.step(norm)
             for module in self.modules():
                 if isinstance(module, Temperature) and module.value.requires_grad:
@@ -181,20 +215,25 @@ class Pretraining(pl.LightningModule):
                 self.ema.update(update.weights(), self.cursor + 1)
             if update.scale is not None:
                 update.scale.accept()
-        else:
-            update.discard()
-            if update.scale is None or not update.scale.lower():  # a scale that can be lowered is no failure
-                self.fail(means, batch)
         self.cursor += 1
 
-    def fail(self, means: Mapping[str, Tensor], batch: Any) -> None:
-        """Count a gradient that is not finite; stop by policy, or where the loss scale has reached its floor."""
-        self.num_skipped += 1
-        assert self.update is not None
-        at_floor = self.update.scale is not None
-        self.last["non_finite"] = self.describe_failure(means, batch) + at_floor * "; the loss scale is at its floor"
-        if at_floor or self.recipe.nan_policy == "stop" or self.num_skipped > self.recipe.max_skipped_steps:
-            raise NonFiniteLossError(self.last["non_finite"])
+    def scale_fell(self, update: Update, norm: Tensor, means: Mapping[str, Tensor]) -> bool:
+        """In fp16, lower a loss scale under which only the scaled gradient overflowed; the step is left out.
+
+        Raises:
+            NonFiniteError: the scale is at its floor.
+        """
+        if update.scale is None or bool(torch.isfinite(norm)):
+            return False
+        is_loss = torch.stack(list(means.values())).isfinite().logical_not().any()
+        if dist.max_over_ranks(is_loss.long()):
+            return False  # no scale is to blame
+        if not update.scale.lower():
+            raise NonFiniteError(
+                f"step {self.cursor}: the gradient is not finite although the loss scale of fp16 is at its floor; "
+                "use trainer.precision=bf16-mixed, or lower optim.lr."
+            )
+        return True
 
     def alone(self) -> AbstractContextManager:
         """Return the context in which every rank can evaluate `model` by itself, with averaged weights if there are."""
@@ -206,11 +245,15 @@ class Pretraining(pl.LightningModule):
             contexts.enter_context(self.recipe.precision.autocast(self.device))
         return contexts
 
-    def describe_failure(self, means: Mapping[str, Tensor], batch: Any) -> str:
-        """Say which terms are not finite, and on which samples."""
-        terms = ", ".join(f"{name}={float(mean):.4g}" for name, mean in means.items())
-        ids = [int(i) for micro in batch.batches for i in micro.sample_id if i >= 0]
-        return f"step {self.cursor}: the gradient is not finite; terms on rank {dist.rank()}: {terms}; sample ids {ids}"
+    def own_values(self) -> dict[str, Tensor]:
+        """Return what this rank holds of the trained weights, and the buffers."""
+        assert self.update is not None
+        return {name: share.values for name, share in self.update.weights().items()} | dict(self.named_buffers())
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps of the plan that left nothing in the weights."""
+        return self.guard.memory.num_skipped
 
     def note(
         self, batch: Any, means: Mapping[str, Tensor], counts: Mapping[str, Tensor], norm: Tensor, started: float
@@ -234,6 +277,10 @@ class Pretraining(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Leave the set-up time out of the first step's data wait."""
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step out of the next step's data wait."""
         self.ended = time.perf_counter()
 
 

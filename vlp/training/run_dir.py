@@ -7,25 +7,42 @@ runs/NAME/
     checkpoints/    see vlp.training.checkpoint    report.html
 """
 
-import fcntl
+import fnmatch
 import json
 import os
-import socket
+import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import torch.distributed as torch_dist
 import yaml
 
+from vlp import dist
+from vlp.training import lease
 from vlp.training.exits import Exit, StopRun
+from vlp.training.lease import Lease
 
-FREE = (  # sections and keys that may differ when a run continues: they change no number that it computes
+# What may differ when a run continues, by patterns of keys; what is in none of the lists makes it another run.
+REFUSED = ("data.sources.*.weight",)  # stands above the next list: it would change which source a step reads
+FREE = (  # changes no number that the run computes, or only how it answers trouble
     "run.resume",
     "run.stop_after",
+    "run.allow",
+    "run.hold_after",
     "trainer.max_steps",
+    "trainer.accumulate",  # the loss is divided by global counts, so the split into micro-batches does not matter
+    "trainer.nan_policy",
+    "trainer.max_skipped_steps",
+    "trainer.max_rewinds",
+    "trainer.spike_*",
+    "trainer.timeout_s",
+    "trainer.max_time_s",
+    "trainer.check_replicas_every",
+    "trainer.ledger",
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
@@ -49,6 +66,21 @@ FREE = (  # sections and keys that may differ when a run continues: they change 
     "eval",
     "paths",
     "cluster",  # only plan.py reads it
+)
+WITH_FLAG = (  # another training from here on, that can be continued; only where `run.allow` names the key
+    "optim.lr",
+    "optim.betas",
+    "optim.eps",
+    "optim.weight_decay",
+    "optim.layer_decay",
+    "optim.lr_factors",
+    "schedule",
+    "objective.*.weight",
+    "trainer.clip_grad_norm",
+    "trainer.precision",
+    "data.batch_size",  # the cursor stays: of the current epoch some samples may be read twice or not at all
+    "clip.sampling_*",
+    "clip.transforms_*",
 )
 
 
@@ -81,26 +113,30 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Own the run directory; the operating system frees the lock when the process dies, however it dies.
-
-    A POSIX lock, because it is the process's own: `flock` would live on in forked loader workers that outlive a kill.
+def locked(directory: Path) -> Iterator[Lease]:
+    """Own the run directory inside the block; a process that dies, however it dies, frees it.
 
     Raises:
         StopRun: another process owns it (exit 77).
     """
-    file = (directory / "run.lock").open("a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _first_line(file)
-            message = f"{directory} is in use by {owner or 'another process'}; stop it or choose another run.name."
-            raise StopRun(Exit.LOCKED, message) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    with lease.held(directory) as own:
+        yield own
+
+
+def clear_sessions(directory: Path, *, keep: str) -> None:
+    """Remove what the watchdogs of earlier attempts left, the newest of them aside, which knows its last step."""
+    folders = sorted((directory / "ranks").glob("*"), key=lambda path: path.stat().st_mtime)
+    for path in folders[:-2]:
+        if path.name != keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def everyone_like_first(value: str | None) -> str | None:
+    """Return rank 0's value on all ranks."""
+    values = [value]
+    if dist.world_size() > 1:
+        torch_dist.broadcast_object_list(values)
+    return values[0]
 
 
 class Record:
@@ -145,25 +181,52 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def refuse_other_config(directory: Path, new: Mapping[str, Any]) -> None:
-    """Compare with the config that the run started with.
+def changes(directory: Path, new: Mapping[str, Any], *, allow: Sequence[str] = ()) -> list[str]:
+    """Compare with the config with which the run was started or last continued.
+
+    Args:
+        directory: of the run. new: the config, without secrets.
+        allow: keys of `WITH_FLAG` that may differ now (`run.allow`).
+
+    Returns:
+        one line for each difference, to be printed.
 
     Raises:
-        StopRun: a key differs that would make it another run (exit 76); every such key is listed.
+        StopRun: a key differs that would make it another run (exit 76); all differences are listed, by class.
     """
     path = directory / "config.yaml"
     if not path.exists():
-        return
+        return []
     before, now = _flat(_stored_config(path)), _flat(new)
-    changed = [
-        f"{key}: was {before.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, "absent") != now.get(key, "absent") and not _is_free(key)
-    ]
-    if changed:
-        lines = "\n".join(f"  {line}" for line in changed)
-        message = f"run '{directory.name}' was started with another config:\n{lines}\n"
-        raise StopRun(Exit.RESUME_REFUSED, message + "choose another run.name, or the old values.")
+    classes: dict[str, list[str]] = {"free": [], "allowed": [], "needs run.allow": [], "refused": []}
+    for key in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(key, "absent"), now.get(key, "absent")
+        both_nan = was != was and is_now != is_now
+        if was != is_now and not both_nan:
+            classes[_class_of(key, allow)].append(f"{key}: was {was!r}, is {is_now!r}")
+    lines = [f"  {name}: {line}" for name, found in classes.items() for line in found]
+    if classes["needs run.allow"] or classes["refused"]:
+        keys = ",".join(line.partition(":")[0] for line in classes["needs run.allow"])
+        advice = "choose another run.name, or the old values"
+        if keys and not classes["refused"]:
+            advice += f"; or continue all the same with run.allow=[{keys}]"
+        message = f"run '{directory.name}' was started with another config:\n" + "\n".join(lines) + f"\n{advice}."
+        raise StopRun(Exit.RESUME_REFUSED, message)
+    return [f"changed since the last attempt:{line}" for line in lines]
+
+
+def _class_of(key: str, allow: Sequence[str]) -> str:
+    if _is_listed(key, REFUSED):
+        return "refused"
+    if _is_listed(key, FREE):
+        return "free"
+    if _is_listed(key, WITH_FLAG):
+        return "allowed" if _is_listed(key, allow) else "needs run.allow"
+    return "refused"
+
+
+def _is_listed(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, each) or fnmatch.fnmatchcase(key, f"{each}.*") for each in patterns)
 
 
 def _stored_config(path: Path) -> dict[str, Any]:
@@ -177,16 +240,7 @@ def _stored_config(path: Path) -> dict[str, Any]:
     raise StopRun(Exit.RESUME_REFUSED, f"{path} is damaged; {advice}")
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, Mapping) and tree:
         return {k: v for key, child in tree.items() for k, v in _flat(child, f"{path}.{key}".lstrip(".")).items()}
     return {path: tree}
-
-
-def _first_line(file: TextIO) -> str:
-    file.seek(0)
-    return file.readline().strip()

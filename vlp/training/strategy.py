@@ -1,6 +1,7 @@
 """The strategies that `trainer.strategy` names: how ranks are started and what they share."""
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
@@ -25,7 +26,8 @@ class Needs(NamedTuple):
 
     precision: Precision
     max_norm: float | None
-    num_devices: int | str  # on all nodes; "auto" is all of this one
+    num_devices: int  # on all nodes
+    patience: timedelta  # of a collective
     zero: Mapping[str, Any]  # the section `trainer.zero`
 
 
@@ -40,12 +42,16 @@ def _zero(stage: int) -> Callable[[Needs], Any]:
 
 
 def _auto(needs: Needs) -> Any:
-    return "auto" if needs.num_devices == 1 else Ddp()
+    return "auto" if needs.num_devices == 1 else _ddp(needs)
+
+
+def _ddp(needs: Needs) -> Any:
+    return Ddp(timeout=needs.patience)
 
 
 STRATEGIES: Mapping[str, Callable[[Needs], Any]] = {
     "auto": _auto,
-    "ddp": lambda _: Ddp(),
+    "ddp": _ddp,
     "zero1": _zero(1),
     "zero2": _zero(2),
     "zero3": _zero(3),

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from vlp import config, sweep
 from vlp.report import cells, sweep_text
 from vlp.report.sweep import write_page_of
-from vlp.training import run_dir, sweep_local, sweep_slurm
+from vlp.training import redact, run_dir, sweep_local, sweep_slurm
 from vlp.training.assemble import assemble, plain
 from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.sweep_local import Job
@@ -177,7 +177,8 @@ def _refuse_other_configs(directory: Path, jobs: Sequence[Job]) -> None:
     for job in jobs:
         if (directory / job.name / "config.yaml").exists():
             try:
-                run_dir.refuse_other_config(directory / job.name, plain(config.load(job.overrides)))
+                cfg = config.load(job.overrides)
+                run_dir.changes(directory / job.name, redact.tree(plain(cfg)), allow=list(cfg.run.allow))
             except StopRun as stop:
                 lines.append(stop.message)
     if lines:

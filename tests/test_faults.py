@@ -1,0 +1,154 @@
+"""Ranks that die, hang, fail or run out of memory: all of them end in time, with the code and the cause."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from forked_ranks import Attempt, Strike, attempt, changed, die, fail, stop, toy
+from omegaconf import DictConfig
+
+from vlp.training import ledger, module, watchdog
+from vlp.training.exits import Exit
+
+TIMEOUT_S = 4.0
+
+
+@pytest.fixture(scope="module")
+def cfg(place: Path) -> DictConfig:
+    return toy(place, "x", "trainer.max_steps=4", f"trainer.timeout_s={TIMEOUT_S}")
+
+
+def struck(place: Path, cfg: DictConfig, name: str, strike: Strike, **values) -> tuple[Attempt, Path]:
+    done = attempt(
+        changed(cfg, run__name=name, **values), log=place / f"{name}.log", world_size=2, strike=strike, patience_s=60
+    )
+    return done, place / "runs" / name
+
+
+def hang() -> None:
+    time.sleep(1000)
+
+
+def lack_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_and_the_other_leaves_its_stacks_and_exit_80(place, cfg, rank):
+    done, run = struck(place, cfg, f"killed{rank}", Strike(2, "backward", rank, die))
+    other = 1 - rank
+    assert done.codes[rank] == -9 and done.codes[other] == Exit.COLLECTIVE_TIMEOUT == 80
+    assert done.output.count("stopped: ") == 1 and f"rank {rank} (process " in done.output
+    assert " died; it was last seen in step " in done.output
+    assert "File " in (run / "crash" / f"rank-{other}.txt").read_text()
+    again = attempt(changed(cfg, run__name=run.name), log=place / "again.log", world_size=2)
+    assert again.codes == [0, 0] and "Traceback" not in done.output + again.output
+
+
+def test_a_stopped_rank_is_named_within_the_timeout_and_ten_seconds(place, cfg):
+    done, run = struck(place, cfg, "stopped", Strike(2, "forward", 1, stop))
+    assert done.codes == [80, -9]  # a stopped process cannot leave by itself: rank 0 ended it
+    assert done.seconds < TIMEOUT_S + 10 + 20  # and the seconds of its start
+    assert "rank 1 " in done.output and "it is stopped or frozen; it was last seen in step" in done.output
+    assert json.loads((run / "run.json").read_text())["exit_code"] == 80
+
+
+def test_a_hung_rank_is_told_from_those_that_wait_for_it(place, cfg):
+    done, run = struck(place, cfg, "hung", Strike(2, "forward", 1, hang))
+    assert done.codes == [80, 80]
+    assert "rank 1 hangs in step 1, at 'forward'" in done.output
+    assert "hang" in (run / "crash" / "rank-1.txt").read_text()
+    assert "gather" in (run / "crash" / "rank-0.txt").read_text()
+
+
+def test_a_slow_evaluation_and_a_slow_save_are_no_hang(place, cfg):
+    done, _ = struck(place, cfg, "slow", Strike(2, "save", 0, lambda: time.sleep(2.5 * TIMEOUT_S)))
+    assert done.codes == [0, 0], done.output
+
+
+def test_an_exception_on_one_rank_ends_all_with_its_code_and_is_said_once(place, cfg):
+    done, run = struck(place, cfg, "failed", Strike(2, "optimizer", 1, fail))
+    assert done.codes == [70, 70]
+    assert done.output.count("Traceback") == 1 and done.output.count("stopped: RuntimeError: struck") == 1
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["exit_code"]) == ("failed", 70) and "struck" in record["history"][0]["reason"]
+
+
+def test_a_rank_without_memory_ends_all_with_a_summary_and_without_traceback(place, cfg):
+    done, _ = struck(place, cfg, "memory", Strike(2, "forward", 1, lack_memory))
+    assert done.codes == [70, 70]
+    assert "out of memory (host peak" in done.output and "data.batch_size" in done.output
+    assert "Traceback" not in done.output
+
+
+def poison(rank: int) -> None:
+    """Let the loss of rank 1 be no number in its fourth step."""
+    combine, calls = module.combine, []
+
+    def bad(*arguments):
+        calls.append(1)
+        combined = combine(*arguments)
+        if len(calls) != 5:  # the first call rehearses
+            return combined
+        means = {name: mean * torch.nan for name, mean in combined.means.items()}
+        return combined._replace(loss=combined.loss * torch.nan, means=means)
+
+    if rank == 1:
+        module.combine = bad
+
+
+@pytest.mark.parametrize(
+    ("policy", "codes", "steps"), [("stop", [79, 79], 3), ("skip", [0, 0], 4), ("rewind", [0, 0], 4)]
+)
+def test_a_loss_that_is_not_finite_on_one_rank_moves_no_weight_on_any(place, cfg, policy, codes, steps):
+    values = {"run__name": f"nan-{policy}", "trainer__nan_policy": policy}
+    done = attempt(changed(cfg, **values), log=place / f"nan-{policy}.log", world_size=2, before=poison)
+    run = place / "runs" / f"nan-{policy}"
+    assert done.codes == codes, done.output
+    bad = json.loads((run / "bad_steps.jsonl").read_text())
+    assert bad["step"] == 3 and bad["ranks"] == [1] and bad["terms"][1] == {"contrastive": "nan"}
+    assert {sample["rank"] for sample in bad["samples"]} == {1}
+    assert all(sample["key"].startswith("train-") and sample["shard"].endswith(".tar") for sample in bad["samples"])
+    rows = {row["step"]: row for row in ledger.read(run / "ledger.jsonl") if "step" in row}
+    assert len(rows) == steps and (policy == "stop" or rows[4]["weights"] == rows[3]["weights"])
+
+
+def be_slow(rank: int) -> None:
+    """Let rank 1 take a third of a second longer in each forward pass."""
+    mark = watchdog.Watchdog.mark
+
+    def slower(self, place, *, step=None):
+        mark(self, place, step=step)
+        if rank == 1 and place == "forward":
+            time.sleep(0.3)
+
+    watchdog.Watchdog.mark = slower
+
+
+def test_a_slow_rank_is_reported_once_with_its_split_of_the_step(place, cfg):
+    done = attempt(changed(cfg, run__name="slow_rank"), log=place / "slow_rank.log", world_size=2, before=be_slow)
+    (line,) = [line for line in done.output.splitlines() if " is slow at step " in line]
+    assert done.codes == [0, 0] and line.startswith("rank 1 is slow") and "waiting for other ranks 0.0" in line
+    assert float(line.partition("compute ")[2].partition(",")[0]) >= 0.25
+
+
+def flip(rank: int) -> None:
+    """Flip the lowest bit of one weight of rank 1 after its second step."""
+    note = module.Pretraining.note
+
+    def note_and_flip(self, *arguments):
+        note(self, *arguments)
+        if rank == 1 and self.cursor == 2:
+            weight = next(self.parameters()).data.view(torch.int32).view(-1)
+            weight[0] ^= 1
+
+    module.Pretraining.note = note_and_flip
+
+
+def test_a_flipped_bit_of_one_rank_stops_the_run_before_the_next_commit(place, cfg):
+    values = {"run__name": "flipped", "trainer__check_replicas_every": 100}
+    done = attempt(changed(cfg, **values), log=place / "flipped.log", world_size=2, before=flip)
+    assert done.codes == [83, 83] and "after step 2 the weights of rank 1 differ" in done.output
+    assert [path.name for path in (place / "runs/flipped/checkpoints").iterdir()] == ["step-00000001"]
