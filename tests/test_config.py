@@ -24,6 +24,7 @@ objective: {{}}
 logger: {{}}
 run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
+  zero: {{offload_optimizer: false, offload_parameters: false, bucket_elements: 9, persistent_elements: 0}},
   clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, compile: false, checkpoint_activations: false, num_threads: null, progress_bar: false}}
 clip: {{num_frames: 4, size: 8, short_side: 10, sampling_train: {PART}, sampling_test: {PART},
