@@ -25,6 +25,7 @@ logger: {{}}
 run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null,
   allow: [], hold_after: 3}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
+  zero: {{offload_optimizer: false, offload_parameters: false, bucket_elements: 9, persistent_elements: 0}},
   clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0,
   max_rewinds: 3, spike_factor: null, spike_window: 10, spike_policy: skip, timeout_s: 9, max_time_s: null,
   check_replicas_every: null, ledger: false, bad_sample_budget: 0.1, checkpoint_every: 1,

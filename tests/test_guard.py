@@ -97,3 +97,12 @@ def test_a_weight_that_is_not_finite_enters_no_checkpoint():
     module.bias.data[1] = torch.inf
     with pytest.raises(NonFiniteError, match="step 5: bias is not finite"):
         refuse_non_finite(module.state_dict(), 5)
+
+
+def test_fp16_lowers_a_scale_that_was_too_high_and_stops_at_its_floor():
+    fine, lost, norm = {"a": torch.tensor(1.0)}, {"a": torch.tensor(torch.nan)}, torch.tensor(torch.inf)
+    module, update = SimpleNamespace(cursor=4), SimpleNamespace(scale=LossScale(start=2.0, floor=1.0))
+    assert not Pretraining.scale_fell(module, update, norm, lost)  # no scale is to blame
+    assert Pretraining.scale_fell(module, update, norm, fine) and update.scale.value == 1.0
+    with pytest.raises(NonFiniteError, match=r"step 4: .* the loss scale of fp16 is at its floor"):
+        Pretraining.scale_fell(module, update, norm, fine)
