@@ -121,6 +121,14 @@ class Data:
 
 
 @dataclasses.dataclass
+class Init:
+    run: (
+        str | None
+    )  # a run's directory, one of its checkpoints or a .safetensors file whose weights this run starts with
+    skip: list[str]  # patterns of names that are not taken from it, such as objectives.*
+
+
+@dataclasses.dataclass
 class Optim:
     lr: float
     betas: list[float]
@@ -167,6 +175,7 @@ class Root:
     paths: Paths
     view: Annotated[dict[str, Any], Parts()]
     objective: Annotated[dict[str, Any], Parts({"weight", "inputs"})]
+    init: Init
     logger: Annotated[dict[str, Any], Parts()]
 
 
