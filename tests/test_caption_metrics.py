@@ -77,5 +77,5 @@ def test_captions_without_references_are_refused(captions, references):
 
 def test_java_metrics_say_what_is_missing(monkeypatch):
     monkeypatch.setattr(coco_captions.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="pycocoevalcap is not installed|there is no java"):
+    with pytest.raises(ValueError, match=r"pycocoevalcap is not installed|there is no java"):
         coco_captions.score(["a"], [["a"]])

@@ -221,6 +221,9 @@ def test_scores_that_are_not_numbers_still_give_json(tmp_path):
 class Broken:
     title, needs = "Broken", ()
 
+    def protocol(self):
+        return {}
+
     def begin(self, data, *, scorers):
         pass
 

@@ -3,7 +3,8 @@
     text, options, right option --protocol.matches--> True, False, or None: it cannot be parsed
       --protocol.failure--> credit, or out of the denominator --> micro and macro accuracy, failures, denominator
 
-`strict` is the default. Others repeat the rules of public toolkits, oddities included, for comparison with their numbers.
+`strict` is the default. Others repeat the rules of public toolkits, oddities included, for comparison with their
+numbers.
 """
 
 import re
@@ -74,7 +75,7 @@ def normal(text: str) -> str:
 
 
 def by_letter(text: str, options: Sequence[str], right: int) -> bool | None:
-    """One option's letter ("B", "(b)", "B. text", "Answer: B", "The answer is (B).") or its whole text; else nothing."""
+    """One option's letter ("B", "(b)", "B. text", "Answer: B", "The answer is (B).") or its whole text."""
     letters = LETTERS[: len(options)]
     said = _LETTER.fullmatch(text.strip())
     if said and said[1].upper() in letters:
@@ -130,7 +131,7 @@ def span(text: str) -> tuple[float, float] | None:
     """
     time = r"(?:\d+:)?\d+:\d+(?:\.\d+)?|\d+(?:\.\d+)?"
     unit = r"(?: ?(?:s|sec|seconds?)\b)?"
-    pair = re.search(rf"({time}){unit}\s*(?:-|\N{{EN DASH}}|to|and|,|until)\s*({time})", text)
+    pair = re.search(rf"({time}){unit}\s*(?:-|\u2013|to|and|,|until)\s*({time})", text)
     if pair is None:
         return None
     first, second = sorted(_seconds(part) for part in pair.groups())

@@ -9,7 +9,7 @@ starts in Java, and differs from it on rare text only (see docs/evaluation.md fo
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 Tokens = tuple[str, ...]
@@ -24,9 +24,10 @@ _TOKEN = re.compile(
     r"n't\b|'(?:s|re|ve|ll|d|m)\b|(?:\b[a-z]\.){2,}|\b(?:st|dr|mr|mrs|ms|jr|sr|vs)\.|\d+(?:[.,:]\d+)+"
     r"|\w+(?:[-&/_.']\w+)*|[^\w\s]"
 )
-_SPLIT = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
+_REPLACED: dict[str, str] = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
 _REMOVED = frozenset(".?!,:;-'\"`…\u2018\u2019\u201c\u201d")  # punctuation that the evaluation takes out
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}  # which it means to
+# It means to take brackets out as well, but under the names that they have before the text becomes lower case.
+_REPLACED |= {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
 class CaptionScores(NamedTuple):
@@ -40,8 +41,8 @@ class CaptionScores(NamedTuple):
 def words(text: str) -> Tokens:
     """Return the tokens of a caption: lower case, clitics apart ("do n't"), punctuation left out, brackets as words."""
     spaced = _CLITIC.sub(r" \1", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
-    found = (token for token in _TOKEN.findall(spaced) if token not in _REMOVED)
-    return tuple(part for token in found for part in _SPLIT.get(token, _BRACKETS.get(token, token)).split())
+    found: list[str] = [token for token in _TOKEN.findall(spaced) if token not in _REMOVED]
+    return tuple(part for token in found for part in _REPLACED.get(token, token).split())
 
 
 def score(

@@ -2,7 +2,7 @@
 
     annotation {qid, duration, relevant_windows [[start, end]], relevant_clip_ids, saliency_scores [[3 annotators]]}
     prediction {qid, pred_relevant_windows [[start, end, score]], pred_saliency_scores [one a clip]}
-      -> R@1 at IoU, mean IoU, mAP at IoU .5:.05:.95, in all and by the length of the right spans; highlights: mAP, HIT@1
+      -> R@1 at IoU, mean IoU, mAP at IoU .5:.05:.95, in all and by length of the right spans; highlights: mAP, HIT@1
 
 The format is that of QVHighlights, in seconds. A query without a prediction scores 0 and stays in the denominator.
 
@@ -238,8 +238,8 @@ def _predicted(prediction: Mapping[str, Any], annotation: Mapping[str, Any], pro
     given = np.asarray(prediction["pred_saliency_scores"], dtype=float)
     if len(given) != num_clips and not protocol.any_length:
         raise ValueError(
-            f"qid {annotation['qid']}: {len(given)} saliency scores for {num_clips} clips of {CLIP_S} s; give one each, "
-            "or use --protocol qvhighlights, which cuts and fills."
+            f"qid {annotation['qid']}: {len(given)} saliency scores for {num_clips} clips of {CLIP_S} s; give one "
+            "each, or use --protocol qvhighlights, which cuts and fills."
         )
     return np.pad(given[:num_clips], (0, max(0, num_clips - len(given))))
 

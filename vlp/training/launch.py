@@ -21,7 +21,7 @@ from vlp.data.datamodule import VideoTextData
 from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
+from vlp.training import checkpoint, environment, init, optim, prepare, run_dir, summary
 from vlp.training.assemble import System, assemble, plain
 from vlp.training.callbacks import (
     Bar,
@@ -100,9 +100,7 @@ class Attempt:
         self.record = run_dir.Record(directory, writes=first)
         self.data = self._data()
         self.module = self._module()
-        self.evaluator = Evaluator(
-            system, plain(cfg.eval.tasks), self.data, batch_size=cfg.eval.batch_size, directory=directory
-        )
+        self.evaluator = Evaluator(system, cfg, self.data, directory=directory)
 
     def run(self) -> int:
         """Train, evaluate and report; return the exit code."""
@@ -128,19 +126,6 @@ class Attempt:
             traceback.print_exc()
         self._finish(code, status)
         return code
-
-    def evaluate_only(self) -> dict[str, float]:
-        """Score the newest checkpoint and rewrite the report.
-
-        Raises:
-            StopRun: there is no checkpoint.
-        """
-        self._restore()
-        if not self.module.cursor:
-            raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{self.directory} holds no valid checkpoint; train the run first.")
-        scores = self.evaluator(self.module)
-        write_report(self.directory)
-        return scores
 
     def _data(self) -> VideoTextData:
         cfg = self.cfg
@@ -183,6 +168,7 @@ class Attempt:
             recipe=recipe,
             loader=self._loader,
         )
+        self._start_from(module)
         try:
             optim.freeze(module, cfg.optim.freeze)
             optim.settings(module, layer_decay=recipe.layer_decay, lr_factors=recipe.lr_factors)
@@ -192,6 +178,16 @@ class Attempt:
             module.ema = Ema(module, decay=cfg.optim.ema_decay)
         prepare.fit_parts(module, self.data, self.directory, seed=cfg.run.seed)
         return module
+
+    def _start_from(self, module: Pretraining) -> None:
+        """Take the weights of an earlier run, unless this run has weights of its own already."""
+        section = self.cfg.init
+        if section.run is None or checkpoint.all_steps(self.directory / "checkpoints"):
+            return
+        report = init.start_from(module, Path(section.run), skip=section.skip)
+        if self.first:
+            init.save(report, self.directory)
+            print(report.text(), flush=True)
 
     def _loader(self, start_step: int) -> Any:
         return self.data.train_loader(
