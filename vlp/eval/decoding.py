@@ -111,7 +111,7 @@ class Beam:
         running, step = prompt.running.clone(), 0
         while _go_on(running := running & (lengths < limits.max_length)):
             columns = [next_logits(ids[:, k], lengths) for k in range(count)]
-            log_share = torch.stack([_allowed(logits, step, limits).log_softmax(-1) for logits in columns], 1)
+            log_share = torch.stack([_allowed(logits.double().log_softmax(-1), step, limits) for logits in columns], 1)
             grown = total[:, :, None] + log_share  # [B, K, V]
             done = grown[:, :, limits.eos_id]  # [B, K]
             score, beam = (done / (step + 1) ** self.length_penalty).max(1)

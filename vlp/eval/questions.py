@@ -261,9 +261,10 @@ def _with_prior(asked: list[Asked]) -> list[Asked]:
     counts: dict[str, dict[str, int]] = {}
     for one in sorted(asked):
         own = counts.setdefault(_kind(one), {})
-        own[one.right] = own.get(one.right, 0) + 1
+        right = answers.normal(one.right)
+        own[right] = own.get(right, 0) + 1
     common = {kind: max(own, key=lambda answer: own[answer]) for kind, own in counts.items()}
-    return [one._replace(chance=float(common[_kind(one)] == one.right)) for one in asked]
+    return [one._replace(chance=float(common[_kind(one)] == answers.normal(one.right))) for one in asked]
 
 
 def _kind(one: Asked) -> str:
