@@ -30,6 +30,8 @@ TABLE = {
 }
 TABLE["training"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["inference"] = TABLE.keys() - {"__init__", "inference"}
+TABLE["report.search"] = {"inference", "eval", "report"}  # a program of its own: nothing imports it
+PROGRAMS = {"vlp.report.search": "report.search"}
 
 # Packages from outside that only these parts may import: each is heavy, or opens what the rest must not.
 ONLY_IN = {
@@ -46,8 +48,8 @@ ONLY_IN = {
 
 
 def part_of(module: str) -> str:
-    """Return "data" for "vlp.data.tar", and "__init__" for "vlp" itself."""
-    return [*module.split("."), "__init__"][1]
+    """Return "data" for "vlp.data.tar", "__init__" for "vlp" itself, and a program's own name."""
+    return PROGRAMS.get(module) or [*module.split("."), "__init__"][1]
 
 
 def name_of(path: Path) -> str:
