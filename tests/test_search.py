@@ -181,7 +181,7 @@ def picture(run: str, videos: str, query: str, path: str) -> None:
     browser = Browser(Path(tempfile.mkdtemp()), f"http://127.0.0.1:{server.server_port}/")
     browser.wait("document.activeElement.id === 'query'")
     browser.type(query)
-    browser.wait("document.querySelectorAll('li[data-plays=yes]').length > 5")
+    browser.wait("document.querySelectorAll('li[data-plays=yes]').length > 8")
     browser.picture(Path(path))
     browser.close()
 
