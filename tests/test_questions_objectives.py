@@ -1,4 +1,4 @@
-"""Heads that answer questions: value, gradient, and what must not count. Axes: B clips, K options, D width, A answers."""
+"""Heads that answer questions: value, gradient, and what must not count."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_clips_that_are_not_asked_change_nothing(make):
 def test_nothing_asked_gives_zero_with_gradients_of_zero(make):
     objective, _, inputs = make()
     term = objective(*inputs, torch.full((4,), IGNORE_INDEX), VALID)
-    assert float(term.total) == 0 and all(
+    assert float(term.total.detach()) == 0 and all(
         (g == 0).all() for g in torch.autograd.grad(term.total, list(objective.parameters()))
     )
 

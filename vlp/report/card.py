@@ -61,7 +61,7 @@ def _data(sources: Sequence[Source]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} | `{plain(one.fingerprint[:16])}` |"
     for one in sources:
         if one.test_is_train:
-            yield f"\nThe test clips of {plain(one.name)} are its training clips: scores show memory, not understanding."
+            yield f"\nThe test clips of {plain(one.name)} are its training clips: scores show memory only."
 
 
 def _recipe(files: RunFiles) -> Iterator[str]:
