@@ -22,7 +22,7 @@ connector: {{}}
 view: {{}}
 objective: {{}}
 logger: {{}}
-run: {{name: run, seed: 0, resume: true, stop_after: null}}
+run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
   clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, compile: false, checkpoint_activations: false, num_threads: null, progress_bar: false}}

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
-from vlp.encoders.spacetime import Divided, Joint
+from vlp.encoders.spacetime import Divided, DividedWithClass, Hierarchical, Joint
 from vlp.encoders.timm_video import SpaceTimeVit
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.layers.patch import CentralFrame, FrameAverage, TubeletEmbed, fill_tubelets
@@ -226,3 +226,73 @@ def test_space_time_vit_runs_in_bfloat16_autocast_in_training(time):
     model = build(time, drop_path=0.2).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(clips(), MASK).x.isfinite().all()
+
+
+def test_fresh_divided_with_class_on_one_frame_equals_the_image_model():
+    model, frames = build(DividedWithClass()), clips(1)
+    expected, out = image_model(model).forward_features(frames[:, 0]), model(frames)
+    torch.testing.assert_close(out.x.flatten(1, 3), expected[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.prefix, expected[:, :1], atol=1e-5, rtol=1e-5)
+
+
+def test_fresh_divided_with_class_ignores_the_order_of_frames_but_not_their_number():
+    model, frames = build(DividedWithClass()), clips()
+    torch.testing.assert_close(model(frames).prefix, model(frames[:, [2, 0, 1]]).prefix, atol=1e-5, rtol=1e-5)
+    equal = frames[:, :1].expand(-1, 4, -1, -1, -1)  # the class token sees one class key against four of each patch
+    assert not torch.allclose(model(equal).prefix, model(frames[:, :1]).prefix, atol=1e-3)
+
+
+def test_divided_with_class_adds_space_to_what_the_block_was_given():
+    block = build(DividedWithClass()).blocks[0]
+    wake_time(block)
+    x = torch.randn(B, 1 + T * 5, DIM, generator=torch.Generator().manual_seed(2))
+    changed = x + block.time_attn(block.time_norm(x), None, 1, T)
+    expected = x + block.attn(block.norm1(changed), None, 1, T)
+    expected = expected + block.mlp(block.norm2(expected))
+    torch.testing.assert_close(block(x, None, 1, T), expected)
+
+
+def test_group_attention_equals_one_attention_under_a_mask():
+    block = build(DividedWithClass()).blocks[0]
+    wake_time(block)
+    x = torch.randn(B, 1 + T * 5, DIM, generator=torch.Generator().manual_seed(2))
+    frame, place = torch.arange(T).repeat_interleave(5), torch.arange(5).repeat(T)
+    for attention, group in ((block.attn, frame), (block.time_attn, place)):
+        sees = torch.ones(1 + T * 5, 1 + T * 5, dtype=torch.bool)
+        sees[1:, 1:] = group[:, None] == group[None]
+        q, k, v = attention.qkv(x).unflatten(-1, (3, 3, DIM // 3)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-1, -2) / (DIM // 3) ** 0.5).masked_fill(~sees, -torch.inf)
+        expected = attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(attention(x, None, 1, T), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("time", [DividedWithClass(), Hierarchical(num_levels=2, tokens_per_level=2)])
+def test_real_frames_do_not_see_unreal_ones(time):
+    overrides = {"reg_tokens": 4} if isinstance(time, Hierarchical) else {}
+    model, frames = build(time, overrides=overrides), clips()
+    wake_time(model)
+    other = torch.where(MASK[:, :, None, None, None], frames, 7.0)
+    out, changed = model(frames, MASK), model(other, MASK)
+    torch.testing.assert_close(out.prefix, changed.prefix)
+    torch.testing.assert_close(out.x[MASK], changed.x[MASK])
+
+
+def test_hierarchical_mask_has_the_row_sums_of_the_paper():
+    for sees_class, patch_row in ((False, 61), (True, 62)):
+        sees = Hierarchical(patches_see_class=sees_class).mask(13, 12, 49, torch.device("cpu"))
+        assert sees.shape == (601, 601) and sees[0].sum() == 601
+        assert sees[1:13].sum(1).view(3, 4).unique(dim=1)[:, 0].tolist() == [592, 302, 159]
+        assert sees[13:].sum(1).unique().tolist() == [patch_row] and not sees[1:13, 0].any()
+
+
+@pytest.mark.parametrize(("sees_class", "equal"), [(True, True), (False, False)])
+def test_hierarchical_without_summary_tokens_on_one_frame_equals_the_image_model(sees_class, equal):
+    time = Hierarchical(num_levels=0, tokens_per_level=0, patches_see_class=sees_class)
+    model, frames = build(time), clips(1)
+    expected = image_model(model).forward_features(frames[:, 0])
+    assert torch.allclose(model(frames).x.flatten(1, 3), expected[:, 1:], atol=1e-5) == equal
+
+
+def test_hierarchical_refuses_another_number_of_summary_tokens():
+    with pytest.raises(ValueError, match=r"5 prefix tokens, .* 13; set overrides.reg_tokens to 12"):
+        build(Hierarchical(), overrides={"reg_tokens": 4})(clips())

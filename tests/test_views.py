@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ranks import on_ranks
 
 from vlp import views
-from vlp.types import IGNORE_INDEX, Grid, Tokens
+from vlp.types import IGNORE_INDEX, AttentionMass, Grid, Tokens
 
 MASK, PAD = 4, 0
 # [CLS] aa ##a b cc ##c ##c d [SEP] pad ..., as word numbers
@@ -280,3 +280,68 @@ def test_two_processes_choose_the_same_clips_as_one(tmp_path):
     results = on_ranks(halves, 2, tmp_path)
     for name, value in wrong(scale=2.0).items():
         torch.testing.assert_close(torch.cat([result[name] for result in results]), value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [views.WrongText, views.RandomWrongText])
+def test_places_of_one_draw_are_different_clips(kind):
+    keys, valid = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([True, True, True, True, False])
+    ids = torch.arange(10).view(5, 2)
+    mask, found, drawn = torch.ones(5, 2, dtype=torch.bool), [], []
+    for place in range(4):
+        if kind is views.WrongText:
+            text, has = kind(hard=False, place=place)(Tokens(ids[..., None], mask), ids, ids, ids, valid, keys)
+            drawn.append(text.x[:, 0, 0])
+        else:
+            drawn_ids, _, _, has = kind(place=place)(ids, mask, ids, valid, keys)
+            drawn.append(drawn_ids[:, 0])
+        found.append(has)
+    assert [int(has.sum()) for has in found] == [4, 4, 4, 0]  # three others of each
+    chosen = torch.stack(drawn[:3], dim=1)[:4]
+    assert all(row.unique().numel() == 3 and 2 * i not in row for i, row in enumerate(chosen))
+
+
+def mask_both(mass_text, mass_video, attended_share=1.0, prob=0.25, num_clips=2, key=KEYS):
+    patches = views.MaskPatches(pattern=views.RandomCells(ratio=0.5), patch_size=4)
+    view = views.MaskBoth(
+        words=views.MaskWords(prob=0.5, mask_id=MASK, vocab_size=90, mask_share=1.0, random_share=0.0),
+        patches=patches,
+        attended_share=attended_share,
+        prob=prob,
+    )
+    frames = torch.full((2, 3, 8, 12, 3), 9, dtype=torch.uint8)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    video = Grid(mass_video, mask, mass_video[:, :, 0, 0])
+    return (mask, frames, *view(IDS, WORDS, frames, mask, AttentionMass(mass_text, video), VALID, key))
+
+
+def test_attention_decides_what_is_hidden():
+    text, video = torch.zeros(2, 11), torch.zeros(2, 3, 2, 3, 1)
+    text[:, 4:8] = 1.0
+    video[:, 1, 1] = 1.0
+    _, frames, ids, labels, masked, hidden = mask_both(text, video, prob=0.25)
+    chosen = labels != IGNORE_INDEX
+    assert [int(c) for c in chosen.sum(1) + hidden.sum((1, 2, 3))] == [6, 5]  # of 7 + 18 and of 9 + 12
+    assert (
+        not chosen[:, :4].any()
+        and not chosen[:, 8:].any()
+        and not hidden[:, [0, 2]].any()
+        and not hidden[:, 1, 0].any()
+    )
+    assert (ids[chosen] == MASK).all() and torch.equal(labels[chosen], IDS[chosen])
+    pixels = hidden.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert not masked[pixels].any() and torch.equal(masked[~pixels], frames[~pixels])
+
+
+def test_nothing_unreal_and_no_special_token_is_hidden():
+    everything = torch.ones(2, 11), torch.ones(2, 3, 2, 3, 1)
+    mask, _, _, labels, _, hidden = mask_both(*everything, prob=1.0)
+    assert torch.equal(labels != IGNORE_INDEX, WORDS >= 0)
+    assert torch.equal(hidden, mask[:, :, None, None].expand_as(hidden))
+
+
+def test_clips_are_masked_by_attention_or_by_pattern_as_their_key_says():
+    none, only = torch.full((2, 11), 1e-9), torch.zeros(2, 3, 2, 3, 1)
+    only[:, 0, 0, 0] = 1.0
+    counts = torch.stack([mask_both(none, only, 0.5, 0.04, key=KEYS + n)[5].sum((1, 2, 3)) for n in range(40)])
+    by_attention = (counts == 1).float().mean()  # one cell; by pattern it is half of them
+    assert 0.3 < by_attention < 0.7 and counts[counts != 1].min() >= 4

@@ -25,13 +25,13 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 CONF = Path(__file__).parent.parent / "conf"
 ALLOWED = ("vlp.", "torch.optim.", "torch.nn.", "pytorch_lightning.loggers.")
-NODE_KEYS = {"_target_", "_partial_", "facts"}  # of a node; the others are arguments of its target
+NODE_KEYS = {"_target_", "_partial_", "facts", "tiny"}  # of a node; the others are arguments of its target
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
 _MISSING_CHOICE = re.compile(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'")  # of a group, alone or in a list
@@ -39,6 +39,7 @@ _BESIDE_ARGUMENTS = {  # types of what a node may hold that is no argument
     "_target_": str,
     "_partial_": bool,
     "facts": dict[str, Any] | None,
+    "tiny": dict[str, Any] | None,
     "weight": float,
     "inputs": dict[str, str | list[str]] | None,
 }
@@ -56,6 +57,7 @@ class Parts(frozenset[str]):
 class Run:
     name: str
     seed: int
+    tiny: bool  # every part in the small size that its file states; of the scales for tests and laptops
     resume: bool  # continue the run of this name if there is one
     stop_after: int | None  # commit and stop after this many steps of this attempt (exit 75), as a preemption would
 
@@ -122,9 +124,7 @@ class Data:
 
 @dataclasses.dataclass
 class Init:
-    run: (
-        str | None
-    )  # a run's directory, one of its checkpoints or a .safetensors file whose weights this run starts with
+    run: str | None  # whose weights this run starts with: a run's directory, a checkpoint or a .safetensors file
     skip: list[str]  # patterns of names that are not taken from it, such as objectives.*
 
 
@@ -165,7 +165,7 @@ class Root:
     data: Data
     video: Node
     connector: Annotated[dict[str, Any], Parts()]  # stages after the video encoder, in order
-    text: Node
+    text: Node | None
     fusion: Node | None
     decoder: Node | None
     model: Node
@@ -195,6 +195,7 @@ def load(overrides: Sequence[str], *, conf: Path = CONF) -> DictConfig:
     """
     cfg, messages = _compose(_prepared(overrides, conf), conf)
     if cfg is not None:
+        _settle_size(cfg, tiny=bool(OmegaConf.select(cfg, "run.tiny")))
         messages += check(cfg)
     if cfg is None or messages:
         raise ConfigError(messages)
@@ -376,6 +377,26 @@ def _environment_hidden() -> Iterator[None]:
         yield
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _settle_size(node: Any, *, tiny: bool) -> None:
+    """Put what parts state below `tiny` into their arguments and facts if the run is to be small; drop it if not."""
+    if isinstance(node, ListConfig):
+        children: Iterable[Any] = (node._get_node(index) for index in range(len(node)))
+    elif isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+        if "_target_" in node and "tiny" in node:
+            with open_dict(node):
+                smaller = node.pop("tiny")
+                if tiny and OmegaConf.is_dict(smaller):
+                    for key in smaller:  # another class has other arguments: nothing of the large one may stay
+                        if isinstance(smaller._get_node(key), DictConfig) and "_target_" in smaller[key]:
+                            node.pop(key, None)
+                    node.merge_with(smaller)
+        children = (node._get_node(key) for key in node)
+    else:
+        return
+    for child in list(children):
+        _settle_size(child, tiny=tiny)
 
 
 def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -266,8 +266,9 @@ class ForwardPass:
         view = self.graph.views[name]
         inputs = self._inputs(node)
         for index, read in enumerate(self.graph.view_reads[name]):
-            if read == "key":  # each view draws from a stream of its own
-                inputs[index] = ops.fold(inputs[index], zlib.crc32(name.encode()))
+            if read == "key":  # each view draws from a stream of its own, but those that say so share one
+                stream = getattr(view, "stream", name)
+                inputs[index] = ops.fold(inputs[index], zlib.crc32(stream.encode()))
         for written, value in zip(view.writes, view(*inputs), strict=True):
             self.values[Node(written, (name,))] = value
 

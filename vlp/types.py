@@ -92,6 +92,13 @@ class Fused(NamedTuple):
     video: Grid | None
 
 
+class AttentionMass(NamedTuple):
+    """How much all queries of a fusion look at each token: summed over layers and queries, averaged over heads."""
+
+    text: Tensor  # [B, L]
+    video: Grid  # x [B, T, H, W, 1]
+
+
 class Term(NamedTuple):
     """A loss as a sum and the number of things summed, so that it is divided once, by the global count."""
 

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from vlp import dist, ops
-from vlp.types import IGNORE_INDEX, Grid, Tokens
+from vlp.types import IGNORE_INDEX, AttentionMass, Grid, Tokens
 
 
 class MaskWords:
@@ -153,6 +153,67 @@ class MaskPatches:
         return (hidden & real[:, :, None, None],)
 
 
+class MaskBoth:
+    """Hide words and the pixels of grid cells: of some clips by pattern, of the others where attention is high.
+
+    What is hidden of a frame is black in the pixels themselves, and a word is always replaced by [MASK].
+
+    Args:
+        words, patches: what hides by pattern; `words` with mask_share 1 and random_share 0.
+        attended_share: share of the clips that are masked by attention.
+        prob: share of all words and cells of a clip that attention hides.
+
+    Source: arXiv:2111.12681, 3.3 (blockwise and attended masking). Deviations: padding queries do not vote; an exact
+    share of each caption is hidden, as in MaskWords.
+    """
+
+    writes = ("text_ids", "labels", "frames", "hidden_pixels")
+    detached = ("attention_mass",)
+
+    def __init__(self, *, words: MaskWords, patches: MaskPatches, attended_share: float = 0.5, prob: float = 0.15):
+        if not 0 <= attended_share <= 1:
+            raise ValueError(f"attended_share={attended_share} is not a share; it must be between 0 and 1.")
+        self.words, self.patches = words, patches
+        self.attended_share, self.prob = attended_share, _check_share("prob", prob)
+
+    def __call__(
+        self,
+        text_ids: Tensor,
+        word_ids: Tensor,
+        frames: Tensor,
+        frame_mask: Tensor,
+        attention_mass: AttentionMass,
+        valid: Tensor,
+        key: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (text_ids [B, L], labels [B, L], frames [B, T, H, W, 3], hidden cells [B, T, h, w] bool)."""
+        ids, labels = self.words(text_ids, word_ids, valid, ops.fold(key, 1))
+        (hidden,) = self.patches(frames, frame_mask, ops.fold(key, 2))
+        chosen, seen = self._by_attention(attention_mass, word_ids, frame_mask, ops.fold(key, 3))
+        attended = ops.uniform(ops.fold(key, 4), 1)[:, 0] < self.attended_share  # [B]
+        chosen = chosen & valid[:, None]
+        ids = torch.where(attended[:, None], text_ids.masked_fill(chosen, self.words.mask_id), ids)
+        labels = torch.where(attended[:, None], torch.where(chosen, text_ids, IGNORE_INDEX), labels)
+        hidden = torch.where(attended[:, None, None, None], seen, hidden)
+        size = {"p": frames.shape[2] // hidden.shape[2], "q": frames.shape[3] // hidden.shape[3]}
+        pixels = repeat(hidden, "b t h w -> b t (h p) (w q) 1", **size)
+        return ids, labels, frames.masked_fill(pixels, 0), hidden
+
+    def _by_attention(
+        self, mass: AttentionMass, word_ids: Tensor, frame_mask: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw words [B, L] and cells [B, T, h, w] without replacement, in proportion to the mass of attention."""
+        num_frames, height, width = mass.video.x.shape[1:4]
+        cells = rearrange(mass.video.x, "b t h w 1 -> b (t h w)")
+        real = torch.cat([word_ids >= 0, repeat(frame_mask, "b t -> b (t s)", s=height * width)], dim=1)  # [B, N]
+        weight = torch.cat([mass.text, cells], dim=1).detach().float()
+        noise = -torch.log(-torch.log(ops.uniform(key, real.shape[1]).clamp(1e-7, 1 - 1e-7)))
+        scores = (weight.clamp(min=1e-12).log() + noise).masked_fill(~real, -torch.inf)
+        chosen = ops.choose(scores, (real.sum(1) * self.prob).round().clamp(min=1).long()) & real
+        words, cells = chosen.split([word_ids.shape[1], num_frames * height * width], dim=1)
+        return words, rearrange(cells, "b (t h w) -> b t h w", t=num_frames, h=height)
+
+
 class ReverseFrames:
     """Play each clip backwards; padding frames stay at the end."""
 
@@ -188,6 +249,7 @@ class WrongText:
 
     Args:
         hard: draw in proportion to exp(scaled similarity), detached; else uniformly.
+        place: 0 for the first text that is drawn, 1 for the second; views of different places give different texts.
 
     Source: arXiv:2107.07651, 3.2. Deviation: drawn from all ranks' clips, so that the loss does not depend on their
     number.
@@ -195,18 +257,45 @@ class WrongText:
 
     writes = ("text", "has_wrong_text")
     detached = ("video_embed", "text_embed", "logit_scale")
+    stream = "wrong_text"  # all places are places of one draw
 
-    def __init__(self, *, hard: bool = True) -> None:
-        self.hard = hard
+    def __init__(self, *, hard: bool = True, place: int = 0) -> None:
+        if place < 0:
+            raise ValueError(f"place={place} must be 0 or more.")
+        self.hard, self.place = hard, place
 
     def __call__(
         self, text: Tokens, video_embed: Tensor, text_embed: Tensor, logit_scale: Tensor, valid: Tensor, key: Tensor
     ) -> tuple[Tokens, Tensor]:
         """Return the other clip's text tokens [B, L, D] and whether there was another clip [B] bool."""
         similarity = _similarity(video_embed, text_embed, logit_scale) if self.hard else None
-        index, found = _draw_other(similarity, valid, key)
+        index, found = _draw_other(similarity, valid, key, self.place)
         x, mask = dist.gather_tokens(text.x, text.mask)  # [G, L, D]
         return Tokens(x[index], mask[index]), found
+
+
+class RandomWrongText:
+    """Give each video the text of any other clip: WrongText for families without embeddings of their own.
+
+    Args:
+        place: as in WrongText.
+    """
+
+    writes = ("text_ids", "text_mask", "word_ids", "has_wrong_text")
+    detached = ()
+    stream = "wrong_text"
+
+    def __init__(self, *, place: int = 0) -> None:
+        self.place = place
+
+    def __call__(
+        self, text_ids: Tensor, text_mask: Tensor, word_ids: Tensor, valid: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ids, mask and words [B, L] of another clip's text, and whether there was another clip [B] bool."""
+        index, found = _draw_other(None, valid, key, self.place)
+        ids, mask = dist.gather_tokens(text_ids, text_mask)
+        words, _ = dist.gather_tokens(word_ids, text_mask)
+        return ids[index], mask[index], words[index], found
 
 
 class WrongVideo:
@@ -256,14 +345,18 @@ def _similarity(rows: Tensor, columns: Tensor, logit_scale: Tensor) -> Tensor:
     return logit_scale.detach() * rows.detach() @ dist.gather(columns.detach()).T  # [B, G]
 
 
-def _draw_other(similarity: Tensor | None, valid: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw for each row [B] another valid clip of all ranks [G], by Gumbel noise that is a function of the two keys."""
+def _draw_other(similarity: Tensor | None, valid: Tensor, key: Tensor, place: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw for each row [B] another valid clip of all ranks [G], by Gumbel noise that is a function of the two keys.
+
+    Of a draw without replacement it is the one at `place`.
+    """
     all_keys, all_valid = dist.gather(key), dist.gather(valid)  # [G]
     noise = -torch.log(-torch.log(ops.pair_uniform(key, all_keys).clamp(1e-7, 1 - 1e-7)))  # [B, G]
     scores = noise if similarity is None else noise + similarity.float()
     allowed = all_valid[None, :] & (key[:, None] != all_keys[None, :])
-    found = valid & allowed.any(1)
-    return scores.masked_fill(~allowed, -torch.inf).argmax(1), found
+    found = valid & (allowed.sum(1) > place)
+    best = scores.masked_fill(~allowed, -torch.inf).topk(min(place + 1, len(all_keys)), dim=1).indices  # [B, place + 1]
+    return best[:, -1], found
 
 
 def _check_share(name: str, value: float) -> float:

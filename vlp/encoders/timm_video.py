@@ -7,13 +7,13 @@ An image is a video of one frame. Fewer frames than `num_frames` use the first r
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlp.encoders.spacetime import TimeMixing
 from vlp.encoders.timm_model import image_model
-from vlp.layers.patch import CentralFrame, FrameAverage, TubeletEmbed, fill_tubelets
+from vlp.layers.patch import CentralFrame, FrameAverage, TubeletEmbed, fill_tubelets, zero_cells
 from vlp.layers.position import LearnedPositions, SpacePositions
 from vlp.types import Grid
 
@@ -100,7 +100,7 @@ class TimmFrames(nn.Module):
         _check_size(pixels, self.size)
         num_frames = pixels.shape[1]
         if hidden is not None:
-            pixels = _zero_cells(pixels, hidden)
+            pixels = zero_cells(pixels, hidden)
         cells, cls = self._split(self.backbone(rearrange(pixels, "b t c h w -> (b t) c h w")))
         cells = self.time_positions(rearrange(cells, "(b t) h w d -> b t h w d", t=num_frames))
         prefix = self.time_positions(rearrange(cls, "(b t) p d -> b t p d", t=num_frames))  # [B, T, 0 or 1, D]
@@ -268,9 +268,3 @@ def _check_size(pixels: Tensor, size: int) -> None:
 
 def _real(frame_mask: Tensor | None, like: Tensor) -> Tensor:
     return like.new_ones(like.shape[:2], dtype=torch.bool) if frame_mask is None else frame_mask
-
-
-def _zero_cells(pixels: Tensor, hidden: Tensor) -> Tensor:
-    """Zero the pixels [B, T, C, H, W] of the cells where `hidden` [B, T, h, w] is True."""
-    p, q = pixels.shape[3] // hidden.shape[2], pixels.shape[4] // hidden.shape[3]
-    return pixels.masked_fill(repeat(hidden, "b t h w -> b t 1 (h p) (w q)", p=p, q=q), 0.0)

@@ -47,7 +47,14 @@ def _flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, dropout_p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v with the fastest kernel that applies; same values whichever it is.
 
@@ -55,20 +62,31 @@ def attend(
         q: [B, H, N_q, d]; `k`, `v`: [B, H, N_k, d].
         mask: bool, True = real; keys [B, N_k], or pairs [B, 1, N_q, N_k]. A query with no real key gives zeros.
         causal: query i sees keys 0..i; needs N_q = N_k.
+        bias: [1 or B, H, N_q, N_k], added to the logits.
 
     Returns:
         [B, H, N_q, d] in the dtype of `v`.
     """
     assert not causal or q.shape[2] == k.shape[2], "causal attention needs as many queries as keys"
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a q or k norm leaves float32
-    packable = mask is None or (mask.ndim == 2 and not causal)
+    packable = bias is None and (mask is None or (mask.ndim == 2 and not causal))
     head_fits = q.shape[3] <= 256 and q.shape[3] % 8 == 0
     if packable and head_fits and _flash_runs(q.device, q.dtype):
         return _flash_attend(q, k, v, mask, causal, dropout_p)
-    return _sdpa_attend(q, k, v, mask, causal, dropout_p)
+    return _sdpa_attend(q, k, v, mask, causal, dropout_p, bias)
 
 
-def _sdpa_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float) -> Tensor:
+def _sdpa_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout_p: float,
+    bias: Tensor | None,
+) -> Tensor:
+    if mask is None and bias is not None:
+        mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
     if mask.ndim == 2:
@@ -77,7 +95,10 @@ def _sdpa_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: b
         mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     some = mask.any(-1, keepdim=True)  # [B, 1, N_q or 1, 1]
     # What a kernel does with a row of only masked keys differs (NaN, mean, zero): show it all keys, then clear it.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~some, dropout_p=dropout_p)
+    seen = mask | ~some
+    if bias is not None:
+        seen = bias.to(q.dtype).masked_fill(~seen, -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout_p)
     return out.masked_fill(~some, 0.0)
 
 

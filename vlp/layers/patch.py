@@ -66,3 +66,9 @@ def fill_tubelets(pixels: Tensor, frame_mask: Tensor | None, tubelet_size: int) 
     source = torch.where(source < 0, frame_mask.int().argmax(1, keepdim=True), source)
     clip = torch.arange(pixels.shape[0], device=pixels.device)[:, None]
     return pixels[clip, source], rearrange(frame_mask, "b (t u) -> b t u", u=tubelet_size).any(-1)
+
+
+def zero_cells(pixels: Tensor, hidden: Tensor) -> Tensor:
+    """Zero the pixels [B, T, C, H, W] of the cells where `hidden` [B, T, h, w] is True."""
+    p, q = pixels.shape[3] // hidden.shape[2], pixels.shape[4] // hidden.shape[3]
+    return pixels.masked_fill(repeat(hidden, "b t h w -> b t 1 (h p) (w q)", p=p, q=q), 0.0)

@@ -53,6 +53,18 @@ class ClsPool(nn.Module):
         return features.prefix[:, 0] if num_prefix == 1 else masked_mean(features.prefix, prefix_mask(features))
 
 
+class ReluClsPool(nn.Module):
+    """The first token of a text after a ReLU. Source: arXiv:2104.00650, its published code."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Map [B, N, D] to [B, D]."""
+        return tokens.x[:, 0].relu()
+
+
 class LastPool(nn.Module):
     """The last real token of a text: what CLIP's text model, which is causal, reads."""
 

@@ -21,7 +21,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vlp.forward import quantity
-from vlp.types import Fused, Grid, Tokens
+from vlp.fusion.joint_post import JointPostFusion
+from vlp.types import AttentionMass, Fused, Grid, Tokens
 
 
 class VideoText(nn.Module):
@@ -34,6 +35,8 @@ class VideoText(nn.Module):
         embed_dim: width of the shared space.
         temperature: see vlp.layers.temperature.
         fusion: (Grid, Tokens) -> Fused, or null. decoder: (Grid, text_ids, text_mask) -> logits, or null.
+        projection_bias: of both projections.
+        project_video: false where a connector projects already, so that frames are pooled in the shared space.
         mean, std: of the pixels, in [0, 1], per channel.
     """
 
@@ -54,6 +57,8 @@ class VideoText(nn.Module):
         connectors: Mapping[str, nn.Module | None] | None = None,
         fusion: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        project_video: bool = True,
+        projection_bias: bool = False,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -63,8 +68,10 @@ class VideoText(nn.Module):
         self.connectors = nn.Sequential(OrderedDict(kept))
         self.video_dim: int = _width([video, *self.connectors][-1])
         self.video_pool, self.text_pool = video_pool, text_pool
-        self.video_projection = nn.Linear(self.video_dim, embed_dim, bias=False)
-        self.text_projection = nn.Linear(_width(text), embed_dim, bias=False)
+        self.embed_dim = embed_dim
+        projection = nn.Linear(self.video_dim, embed_dim, bias=projection_bias)
+        self.video_projection = projection if project_video else nn.Identity()
+        self.text_projection = nn.Linear(_width(text), embed_dim, bias=projection_bias)
         self.temperature = temperature
         self.fusion, self.decoder = fusion, decoder
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
@@ -89,6 +96,33 @@ class VideoText(nn.Module):
     def text(self, text_ids: Tensor, text_mask: Tensor) -> Tokens:
         """Encode the caption."""
         return self.text_encoder(text_ids, text_mask)
+
+    @quantity
+    def more_text(self, more_ids: Tensor, more_mask: Tensor) -> Tokens:
+        """Encode the other texts of the clips as [B*K, L, D]."""
+        ids, mask = (rearrange(x, "b k l -> (b k) l") for x in (more_ids, more_mask))
+        return self.text_encoder(ids, mask)
+
+    @quantity
+    def texts_embed(self, text_embed: Tensor, more_text: Tokens) -> Tensor:
+        """Return unit vectors [B, 1 + K, E] of all texts of a clip, that of the batch first."""
+        more = F.normalize(self.text_projection(self.text_pool(more_text)), dim=-1)
+        return torch.cat([text_embed[:, None], rearrange(more, "(b k) e -> b k e", b=len(text_embed))], dim=1)
+
+    @quantity
+    def text_there(self, text_mask: Tensor, more_mask: Tensor) -> Tensor:
+        """Return [B, 1 + K] bool: which of the texts of `texts_embed` exist."""
+        return torch.cat([text_mask.any(1, keepdim=True), more_mask.any(2)], dim=1)
+
+    @quantity
+    def second_embed(self, texts_embed: Tensor) -> Tensor:
+        """Return unit vectors [B, E] of the second text of each clip, such as what is said."""
+        return texts_embed[:, 1]
+
+    @quantity
+    def second_valid(self, text_there: Tensor, valid: Tensor) -> Tensor:
+        """Return [B] bool: is there a second text of a real clip?"""
+        return valid & text_there[:, 1]
 
     @quantity
     def video_embed(self, video: Grid) -> Tensor:
@@ -133,6 +167,11 @@ class VideoText(nn.Module):
         return Tokens(rearrange(fused, "(b k) d -> b k d", k=num_texts), there)
 
     @quantity
+    def attention_mass(self, video: Grid, text: Tokens) -> AttentionMass:
+        """Return where the attention of the fusion goes."""
+        return self.fusion(video, text, True)
+
+    @quantity
     def caption_logits(self, video: Grid, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Return next-token logits [B, L, V] of the caption decoder under teacher forcing."""
         return self.decoder(video, text_ids, text_mask)
@@ -149,12 +188,20 @@ class VideoText(nn.Module):
             for side, width in widths.items()
             if module is not None and getattr(module, f"{side}_dim", width) != width
         ]
+        unprojected = isinstance(self.video_projection, nn.Identity) and self.video_dim != self.embed_dim
+        if "video_embed" in quantities and unprojected:
+            what = f"model.embed_dim: {self.embed_dim} is not the width of the video, which nothing projects"
+            messages.append(f"{what}; set it to {self.video_dim}, or model.project_video=true.")
         before = _width(self.video_encoder)
         for name, stage in self.connectors.named_children():
             if stage.in_dim != before:
                 what = f"connector.{name}.in_dim: {stage.in_dim}"
                 messages.append(f"{what} does not fit what it is given; set it to {before}.")
             before = _width(stage)
+        if "attention_mass" in quantities and not isinstance(self.fusion, JointPostFusion):
+            messages.append(
+                "fusion: this fusion does not tell where its attention goes, which a view reads; choose joint_post."
+            )
         if "fused_video" in quantities and not self.fusion.updates_video:
             messages.append(
                 "fusion: this fusion gives no video side, which an objective takes as 'fused_video'; "

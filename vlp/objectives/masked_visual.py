@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlp.layers.head import mlp_head
 from vlp.types import Grid, Term
 
 
@@ -16,6 +17,7 @@ class MaskedVisual(nn.Module):
 
     Args:
         dim: width of the grid. num_codes: size of the tokenizer's vocabulary.
+        hidden_dim: of a head with two layers, as published with the paper below; null is a norm and one layer.
         tokenizer: (frames uint8 [B, T, H, W, 3], frame_mask [B, T] bool) -> codes int64 [B, T', H', W'].
 
     Source: arXiv:2111.12681, eq. 5 (there with the codes of a discrete VAE).
@@ -29,10 +31,11 @@ class MaskedVisual(nn.Module):
         "valid": "valid",
     }
 
-    def __init__(self, *, dim: int, num_codes: int, tokenizer: nn.Module) -> None:
+    def __init__(self, *, dim: int, num_codes: int, tokenizer: nn.Module, hidden_dim: int | None = None) -> None:
         super().__init__()
         self.tokenizer = tokenizer.requires_grad_(False)
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_codes))
+        plain = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_codes))
+        self.head = plain if hidden_dim is None else mlp_head(dim, num_codes, hidden_dim=hidden_dim)
 
     def count(self, hidden: Tensor, valid: Tensor) -> Tensor:
         """Return the number of hidden cells [B, T, H, W] of real clips [B]."""

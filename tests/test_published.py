@@ -1,0 +1,215 @@
+"""Published weights under vlp's names. Axes: B clips, T frames, L words."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from vlp import config
+from vlp.forward import ForwardPass
+from vlp.training import published
+from vlp.training.assemble import assemble
+from vlp.training.checkpoint import module_state
+from vlp.types import Batch, one_text
+
+VISION = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+WORDS = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENS = {"vocab_size": 30, "bos_token_id": 27, "eos_token_id": 29, "pad_token_id": 29, "max_position_embeddings": 7}
+
+
+def hugging_face() -> CLIPModel:
+    torch.manual_seed(0)
+    made = CLIPConfig(
+        text_config=WORDS | TOKENS, vision_config=VISION | {"image_size": 32, "patch_size": 8}, projection_dim=12
+    )
+    return CLIPModel(made).eval()
+
+
+def ours(experiment: str = "clip"):
+    words = [
+        f"{k}={v}" for k, v in {"vocab_size": 30, "max_length": 7, "bos_id": 27, "eos_id": 29, "pad_id": 29}.items()
+    ]
+    text = "{num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64}"
+    video = "{embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}"
+    return assemble(
+        config.load(
+            [
+                f"+experiment={experiment}",
+                "clip.num_frames=3",
+                "clip.size=32",
+                *(f"tokenizer.{word}" for word in words),
+                f"text.config={text}",
+                "text.facts.dim=16",
+                f"video.overrides={video}",
+                "video.facts.dim=24",
+                "video.facts.patch_size=8",
+                "model.embed_dim=12",
+            ]
+        )
+    )
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.tensor([[27, 3, 4, 29, 29], [27, 5, 6, 7, 29]])
+    return Batch(
+        frames=torch.randint(256, (2, 3, 32, 32, 3), generator=generator, dtype=torch.uint8),
+        frame_mask=torch.ones(2, 3, dtype=torch.bool),
+        times_s=torch.zeros(2, 3),
+        text_ids=ids,
+        text_mask=torch.tensor([[True, True, True, True, False], [True] * 5]),
+        word_ids=ids,
+        **one_text(2),
+        valid=torch.ones(2, dtype=torch.bool),
+        status=torch.zeros(2, dtype=torch.int64),
+        sample_id=torch.arange(2),
+        key=torch.arange(2),
+    )
+
+
+def fill(module: nn.Module, tensors: dict) -> None:
+    own = module_state(nn.ModuleDict({"model": module}))
+    assert own.keys() == tensors.keys()
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+@torch.no_grad()
+def test_clip_of_hugging_face_gives_the_same_embeddings():
+    source, system, data = hugging_face(), ours(), batch()
+    found = published.convert(source.state_dict(), "hf_clip")
+    fill(system.model.eval(), found.tensors)
+    forward = ForwardPass(system.model, data, system.graph)
+    pixels = forward.take("pixels")
+    frames = source.vision_model(pixels.flatten(0, 1)).pooler_output.unflatten(0, (2, 3)).mean(1)
+    expected = F.normalize(source.visual_projection(frames), dim=-1)
+    torch.testing.assert_close(forward.take("video_embed"), expected, atol=1e-5, rtol=1e-4)
+    text = source.text_model(input_ids=data.text_ids, attention_mask=data.text_mask).last_hidden_state
+    last = torch.stack([text[0, 3], text[1, 4]])
+    torch.testing.assert_close(
+        forward.take("text_embed"), F.normalize(source.text_projection(last), dim=-1), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(forward.take("logit_scale"), source.logit_scale.exp())
+
+
+@torch.no_grad()
+def test_openai_names_hold_the_same_tensors_as_hugging_faces():
+    source = hugging_face().state_dict()
+    renamed = published.convert(openai(source), "open_clip").tensors
+    for name, tensor in published.convert(source, "hf_clip").tensors.items():
+        assert torch.equal(renamed.pop(name), tensor), name
+    assert not renamed
+    four = {f"clip.{name}": tensor for name, tensor in openai(source).items()} | {"cross.pooler.weight": torch.ones(2)}
+    found = published.convert(four, "clip4clip")
+    assert len(found.tensors) == len(published.convert(source, "hf_clip").tensors)
+    assert list(found.left_out) == ["cross.pooler.weight"]
+
+
+def openai(source: dict) -> dict:
+    """Hugging Face's state dict under OpenAI's names."""
+    pairs = [
+        ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+        ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+        ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+        ("vision_model.pre_layrnorm", "visual.ln_pre"),
+        ("vision_model.post_layernorm", "visual.ln_post"),
+        ("vision_model.encoder.layers", "visual.transformer.resblocks"),
+        ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+        ("text_model.encoder.layers", "transformer.resblocks"),
+        ("text_model.final_layer_norm", "ln_final"),
+        ("self_attn.out_proj", "attn.out_proj"),
+        ("layer_norm", "ln_"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+    ]
+    result = {}
+    for name, tensor in source.items():
+        if "q_proj" in name:
+            parts = [source[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            name, tensor = name.replace("self_attn.q_proj.", "attn.in_proj_"), torch.cat(parts)
+        elif "k_proj" in name or "v_proj" in name or "position_ids" in name:
+            continue
+        for old, new in pairs:
+            name = name.replace(old, new)
+        result[name] = tensor
+    result["visual.proj"] = result.pop("visual_projection.weight").T
+    result["text_projection"] = result.pop("text_projection.weight").T
+    return result
+
+
+def names_of(experiment: str, *overrides: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        system = assemble(config.load([f"+experiment={experiment}", *overrides]))
+    module = nn.ModuleDict({"model": system.model, "objectives": nn.ModuleDict(system.objectives)})
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
+
+
+def violet_names() -> dict[str, tuple[int, ...]]:
+    """Of the released model, as its card lists them; the encoder's names are vlp's own."""
+    bert = {"attention.output.dense": 768, "intermediate.dense": 3072, "output.dense": 768}
+    names = {"enc_img.emb_cls": (1, 1, 1, 768), "enc_img.emb_pos": (1, 1, 197, 768), "enc_img.emb_len": (1, 6, 1, 768)}
+    names |= {f"enc_img.norm.{kind}": (768,) for kind in ("weight", "bias")}
+    names |= {"enc_txt.emb_txt.word_embeddings.weight": (30522, 768), "enc_txt.emb_txt.position_ids": (1, 512)}
+    names |= {"enc_txt.emb_txt.position_embeddings.weight": (512, 768)}
+    names |= {"enc_txt.emb_txt.token_type_embeddings.weight": (2, 768)}
+    names |= {f"enc_txt.emb_txt.LayerNorm.{kind}": (768,) for kind in ("weight", "bias")}
+    for layer in (f"trsfr.layer.{n}" for n in range(12)):
+        for part in ("query", "key", "value"):
+            names |= {
+                f"{layer}.attention.self.{part}.weight": (768, 768),
+                f"{layer}.attention.self.{part}.bias": (768,),
+            }
+        for part, width in bert.items():
+            inner = 3072 if part == "output.dense" else 768
+            names |= {f"{layer}.{part}.weight": (width, inner), f"{layer}.{part}.bias": (width,)}
+        for part in ("attention.output.LayerNorm", "output.LayerNorm"):
+            names |= {f"{layer}.{part}.weight": (768,), f"{layer}.{part}.bias": (768,)}
+    heads = {"fc.1": (1536, 768), "fc.3": (1, 1536), "fc_mvm.1": (1536, 768), "fc_mvm.3": (8192, 1536)}
+    heads |= {"fc_mtm.predictions.transform.dense": (768, 768), "fc_mtm.predictions.transform.LayerNorm": (768,)}
+    for name, shape in heads.items():
+        names |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return names | {"fc_mtm.predictions.decoder.weight": (30522, 768), "fc_mtm.predictions.bias": (30522,)}
+
+
+@pytest.mark.filterwarnings("ignore:DiscreteVae without weights")
+def test_violet_fills_every_parameter_of_its_experiment():
+    wanted = names_of("violet", "objective.masked_visual.tokenizer.path=null", "connector.frame_tokens.num_frames=6")
+    own = {n: s for n, s in wanted.items() if not n.startswith("objectives.masked_visual.tokenizer.")}
+    swin = {n.replace("model.video_encoder.", "enc_img.swin."): s for n, s in own.items() if "video_encoder" in n}
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in {**violet_names(), **swin}.items()}
+    found = published.convert(tensors, "violet")
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == own
+    assert set(found.left_out) == {"enc_txt.emb_txt.position_ids", "enc_txt.emb_txt.token_type_embeddings.weight"}
+
+
+def test_rows_that_violet_adds_are_added():
+    tensors = {
+        "enc_img.emb_cls": torch.ones(1, 1, 1, 2),
+        "enc_img.emb_pos": torch.arange(394.0).view(1, 1, 197, 2),
+        "enc_txt.emb_txt.position_embeddings.weight": torch.zeros(3, 2),
+        "enc_txt.emb_txt.token_type_embeddings.weight": torch.tensor([[5.0, 6.0], [7.0, 8.0]]),
+    }
+    found = published.convert(tensors, "violet").tensors
+    assert found["model.connectors.frame_tokens.class_token.table"].tolist() == [1.0, 2.0]
+    places = found["model.connectors.frame_tokens.places.table"]
+    assert places.shape == (7, 7, 2) and places[0, 1].tolist() == [4.0, 5.0]
+    assert found["model.text_encoder.positions.table"].tolist() == [[5.0, 6.0]] * 3
+
+
+def test_what_no_rule_knows_is_refused_and_never_skipped(tmp_path):
+    with pytest.raises(config.ConfigError, match=r"no rule knows surprise\.weight; is it a checkpoint of another kind"):
+        published.convert({"surprise.weight": torch.zeros(1)}, "frozen")
+    with pytest.raises(config.ConfigError, match=r"--from clap: unknown; known are violet, frozen"):
+        published.convert({}, "clap")
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "config": object()}, tmp_path / "x.pth")
+    with pytest.raises(config.ConfigError, match="holds more than tensors"):
+        published.import_file(tmp_path / "x.pth", "frozen")
+
+
+def test_files_are_read_under_their_wrappers(tmp_path):
+    save_file({"module.txt_proj.1.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    found = published.import_file(tmp_path / "x.safetensors", "frozen")
+    assert list(found.tensors) == ["model.text_projection.weight"] and not found.left_out
