@@ -1,4 +1,7 @@
-"""What is stored of a video: its bytes as they are, or a cut and scaled H.264 copy.
+"""What is stored of a video: its bytes as they are, a cut and scaled H.264 copy, or a list of JPEG frames.
+
+The list is an mp4 too: a JPEG a frame, with its time. So one member holds them, every tool reads it, and index, limits,
+checksum and decoder are those of any video; each frame is a key frame and is reached by one seek.
 
     bytes --demux from the key frame before the span--> frames --span, rate, size--> x264 --> mp4 --+--> mp4
       \\------------------ sound, packets as they are, see `data_recipes.sound` ------------------/
@@ -18,7 +21,7 @@ import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError, InvalidDataError
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
@@ -37,6 +40,7 @@ _OPTIONS = {"preset": "fast", "crf": "20", "x264-params": "mbtree=0"}
 _MUXER = {"fflags": "+bitexact"}  # no dates or version tags
 _MAX_GOP = 60  # frames between key frames where --gop does not say: x264's 250 make single frames dear
 _JPEG_QUALITY = 92
+_JPEG_OPTIONS = {"qmin": "3", "qmax": "3"}  # of 1 (best) to 31; 2 to 5 is hardly to be told from the original
 
 
 class Encoding(NamedTuple):
@@ -46,6 +50,8 @@ class Encoding(NamedTuple):
     gop: int | None = None  # frames from one key frame to the next, exactly
     fps: float | None = None  # at most; slower videos keep their rate
     keep_audio: bool = True
+    tune: str | None = None  # of x264: "fastdecode" leaves out what makes decoding dear, at some more bytes
+    num_frames: int | None = None  # store at most so many evenly spaced frames, each a JPEG of its own, and no sound
 
 
 class Stored(NamedTuple):
@@ -86,6 +92,15 @@ def stored(data: bytes, extension: str, *, span: tuple[float, float] | None, enc
         return _still(data, extension, encoding.short_side)
     facts = None if extension == "gif" else probe(data)
     unchanged = span is None and encoding._replace(keep_audio=True) == Encoding() and extension not in TRANSCODED
+    if encoding.num_frames is not None:
+        if facts is None:  # how long a GIF is shown is known when it has been decoded
+            return stored(
+                stored(data, extension, span=span, encoding=encoding._replace(num_frames=None)).video,
+                "mp4",
+                span=None,
+                encoding=encoding,
+            )
+        encoding = encoding._replace(keep_audio=False)  # a list of frames has no sound
     if unchanged and (encoding.keep_audio or not has_sound(data)):
         assert facts is not None, "only GIFs are not probed, and they are always changed"
         return Stored(data, extension, facts)
@@ -120,8 +135,11 @@ def _encoded(
     # A cut between two frames falls on the nearer one.
     half_s = 0.5 / fps if fps and is_cut else 0.0
     shots = _inside(_frames(data, facts, start_s=span[0]), span[0] - half_s, span[1] - half_s)
-    if encoding.fps and (not fps or fps > encoding.fps * 1.001):
-        shots, fps = _at_rate(shots, encoding.fps, span[1] - span[0]), encoding.fps
+    most = encoding.fps
+    if encoding.num_frames is not None:
+        most = min(most or np.inf, encoding.num_frames / (span[1] - span[0]))
+    if most and (not fps or fps > most * 1.001):
+        shots, fps = _at_rate(shots, most, span[1] - span[0]), most
     first = next(shots, None)
     if first is None:
         raise SpanError(f"no frame from {span[0]:g} to {span[1]:g} s")
@@ -220,16 +238,17 @@ def _at_rate(shots: Iterator[_Shot], fps: float, duration_s: float) -> Iterator[
 def _write(
     output: OutputContainer, shots: Iterable[_Shot], first: VideoFrame, *, encoding: Encoding, fps: float
 ) -> None:
-    picture = _Picture(first, encoding.short_side)
+    jpegs = encoding.num_frames is not None
+    picture = _Picture(first, encoding.short_side, pix_fmt="yuvj420p" if jpegs else "yuv420p")
     sample = picture(first)
-    gop = encoding.gop or _MAX_GOP
-    exact = {"keyint_min": str(gop), "sc_threshold": "0"} if encoding.gop else {}
     rate = Fraction(fps).limit_denominator(1001)
-    stream = output.add_stream("libx264", rate=rate, options={**_OPTIONS, "g": str(gop), **exact})
-    stream.width, stream.height, stream.pix_fmt = sample.width, sample.height, "yuv420p"
+    codec, options = ("mjpeg", _JPEG_OPTIONS) if jpegs else ("libx264", _x264_options(encoding))
+    stream = output.add_stream(codec, rate=rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = sample.width, sample.height, picture.pix_fmt
     context = stream.codec_context
     stream.time_base = context.time_base = Fraction(1, _CLOCK)
-    context.color_range, context.colorspace = sample.color_range, sample.colorspace
+    context.color_range = ColorRange.JPEG if jpegs else sample.color_range
+    context.colorspace = sample.colorspace
     context.thread_count = 1  # one encoder a worker; and the same bytes on every machine
     last = -1
     for shot in shots:
@@ -241,10 +260,17 @@ def _write(
     output.mux(stream.encode(None))
 
 
+def _x264_options(encoding: Encoding) -> dict[str, str]:
+    gop = encoding.gop or _MAX_GOP
+    exact = {"keyint_min": str(gop), "sc_threshold": "0"} if encoding.gop else {}
+    return {**_OPTIONS, "g": str(gop), **exact, **({"tune": encoding.tune} if encoding.tune else {})}
+
+
 class _Picture:
     """Makes frames upright, of even size, not larger than wanted, in the format of the encoder."""
 
-    def __init__(self, frame: VideoFrame, short_side: int | None) -> None:
+    def __init__(self, frame: VideoFrame, short_side: int | None, *, pix_fmt: str) -> None:
+        self.pix_fmt = pix_fmt
         self.turns = round(frame.rotation / 90) % 4
         width, height = (frame.height, frame.width) if self.turns % 2 else (frame.width, frame.height)
         ratio = min(1.0, short_side / min(width, height)) if short_side else 1.0
@@ -256,4 +282,4 @@ class _Picture:
             upright = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), self.turns), dtype=np.uint8)
             frame = VideoFrame.from_ndarray(upright, format="rgb24")
         area = Interpolation.AREA
-        return self.scaler.reformat(frame, self.width, self.height, "yuv420p", interpolation=area, threads=1)
+        return self.scaler.reformat(frame, self.width, self.height, self.pix_fmt, interpolation=area, threads=1)

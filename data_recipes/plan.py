@@ -44,9 +44,8 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
     Raises:
         ValueError: an option, the folder or an annotation file cannot be used; says what to change.
     """
-    videos = Videos(options.videos)
+    encoding, videos = _encoding(options), Videos(options.videos)
     items, dropped = read_items(recipe, options)
-    encoding = Encoding(options.short_side, options.gop, options.fps, options.audio == "keep")
     jobs: dict[str, list[Job]] = {}
     for split, group in items.items():
         keys = safe_keys(item.key for item in group)
@@ -56,6 +55,15 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
             dropped += refused
             jobs[split].append(Job(f"{split}-{number:06d}", options.out, options.videos, encoding, work))
     return Plan(items, jobs, dropped, _identity(recipe, options, items))
+
+
+def _encoding(options: argparse.Namespace) -> Encoding:
+    if (options.store == "frames") != (options.frames is not None):
+        raise ValueError(f"--store {options.store} with --frames {options.frames}: write --store frames --frames N.")
+    if options.frames and (options.gop or options.tune):
+        raise ValueError("--gop and --tune are of videos; leave them out with --store frames, or store a video.")
+    keep_audio = options.audio == "keep"
+    return Encoding(options.short_side, options.gop, options.fps, keep_audio, options.tune, options.frames)
 
 
 def read_items(recipe: Recipe, options: argparse.Namespace) -> tuple[dict[str, list[Item]], list[Dropped]]:

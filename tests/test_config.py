@@ -37,9 +37,12 @@ optim: {{lr: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, weight_decay: 0.1, layer_deca
   ema_decay: null}}
 eval: {{every: null, batch_size: 4, tasks: {{}}}}
 paths: {{runs: runs, data: data}}
+cluster: {{nodes: 1, gpus_per_node: 1, gpu: h100, cores_per_node: 8, utilisation: 0.3, network_gb_s: null, num_clips: 9,
+  epochs: null, launch_us: 5.0, stored_as: x, storage_kinds: {{}}, reserved_gib: 1.0, gpu_mtbf_hours: 9.0,
+  save_stall_s: 1.0, save_write_s: 1.0, restart_s: 1.0}}
 """
 DATA = "{batch_size: 4, num_lanes: 2, window_shards: 1, bucket_steps: 1, num_workers: 0, captions: null, holdout: 0.0"
-DATA += ", index_dir: i, cache_dir: null, cache_gib: 1.0"
+DATA += ", balance: false, index_dir: i, cache_dir: null, cache_gib: 1.0"
 FILES = {
     "train": TRAIN,
     "schedule/constant": "_target_: vlp.training.optim.Constant\nwarmup_steps: 2\n",
@@ -130,8 +133,8 @@ def test_an_unknown_key_that_is_added_with_a_plus_is_refused(conf):
         ("+optim.lr_factors.text=x", "optim.lr_factors: {'text': 'x'} has the wrong type; expected dict of str to"),
         ("trainer.devices=[1]", "trainer.devices: [1] has the wrong type; expected int or str."),
         ("tokenizer.name=5", "tokenizer.name: 5 has the wrong type; expected str or null."),
-        ("text=5", "text: 5 has the wrong type; expected a part with a '_target_'."),
-        ("text=null", "text: None has the wrong type; expected a part with a '_target_'."),
+        ("video=5", "video: 5 has the wrong type; expected a part with a '_target_'."),
+        ("video=null", "video: None has the wrong type; expected a part with a '_target_'."),
         ("+fusion.dim=5", "fusion: {'dim': 5} has the wrong type; expected a part with a '_target_' or null."),
         (
             "clip.transforms_test=[{size: 4}]",

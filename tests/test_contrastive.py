@@ -4,10 +4,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vlp.objectives import pairs as blocks
 from vlp.objectives.contrastive import Contrastive
 
 VALID = torch.tensor([True, False, True, True, False])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in (out if isinstance(out, tuple) else [out]) if isinstance(x, Tensor)]
+        sizes = [x.untyped_storage().nbytes() // 4 for x in made]
+        self.numbers = max([self.numbers, *sizes])
+        return out
 
 
 def pairs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,3 +102,31 @@ def test_half_precision_embeddings_give_a_float32_loss():
 
 def test_count_needs_no_forward_pass():
     assert int(Contrastive().count(VALID)) == 3
+
+
+def test_blocks_equal_one_block(monkeypatch):
+    whole, cut = pairs(), pairs()
+    Contrastive()(*whole, VALID).total.backward()
+    monkeypatch.setattr(blocks, "BLOCK", 2)
+    Contrastive()(*cut, VALID).total.backward()
+    for one, two in zip(whole, cut, strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_large_scales_lose_no_digits():
+    """At scale 100 a row far below the others must not vanish beside them."""
+    video = F.normalize(torch.eye(4) + 0.1 * torch.eye(4).roll(1, 0), dim=1)
+    text = torch.cat([video[:3], -video[3:]])
+    inputs = video, text, torch.tensor(100.0), torch.ones(4, dtype=torch.bool)
+    exact = by_hand(*(x.double() for x in inputs[:3]), inputs[3])
+    torch.testing.assert_close(Contrastive()(*inputs).total, exact.float(), rtol=1e-6, atol=0)
+
+
+def test_memory_stays_below_the_matrix():
+    """The largest tensor that is made, forward and backward, is an embedding or a block."""
+    video, text = (F.normalize(torch.randn(300, 7), dim=1).requires_grad_() for _ in range(2))
+    largest = Largest()
+    with pytest.MonkeyPatch.context() as patch, largest:
+        patch.setattr(blocks, "BLOCK", 16)
+        Contrastive()(video, text, torch.tensor(9.0), torch.ones(300, dtype=torch.bool)).total.backward()
+    assert 0 < largest.numbers <= 300 * 7

@@ -138,6 +138,20 @@ def test_micro_batches_of_all_ranks_hold_the_same_samples_for_any_world_size(mak
     assert micro(1) == micro(2)
 
 
+@pytest.mark.parametrize("bucket_steps", [1, 3])
+def test_balanced_ranks_read_the_clips_of_the_plain_ones_and_the_same_frames(make, bucket_steps):
+    def read(world: int, **changes) -> list[dict[int, bytes]]:
+        data = make(batch_size=8, bucket_steps=bucket_steps, accumulate=2, **changes)
+        steps = zip(*(train(data, 0, 5, rank, world) for rank in range(world)), strict=True)
+        rows = [
+            [row for part in ranks for batch in part.batches for row in zip(*batch, strict=True)] for ranks in steps
+        ]
+        return [{int(row[-2]): row[0].numpy().tobytes() for row in step} for step in rows]
+
+    plain = read(1)
+    assert read(1, balance=True) == read(2, balance=True) == plain and len(plain[0]) == 8
+
+
 def test_loader_can_be_sent_to_spawned_processes(make):
     loader = make().train_loader(start_step=2, num_steps=2, rank=0, world_size=1)
     assert_same(list(pickle.loads(pickle.dumps(loader))), list(loader))

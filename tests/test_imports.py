@@ -15,7 +15,8 @@ TABLE = {
     "types": set(),
     "ops": {"types"},
     "dist": set(),
-    "config": set(),
+    "hints": set(),
+    "config": {"hints"},
     "forward": {"types", "ops"},
     "views": {"types", "ops", "dist"},
     "layers": {"types", "ops"},
@@ -32,12 +33,13 @@ TABLE["training"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["inference"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["report.search"] = {"inference", "eval", "report"}  # a program of its own: nothing imports it
 PROGRAMS = {"vlp.report.search": "report.search"}
+TABLE["planning"] = {"types", "config", "layers", "forward", "objectives", "training"}
 
 # Packages from outside that only these parts may import: each is heavy, or opens what the rest must not.
 ONLY_IN = {
     "pytorch_lightning": {"training"},
     "hydra": {"config"},
-    "omegaconf": {"config", "training", "inference"},
+    "omegaconf": {"config", "training", "inference", "planning"},
     "timm": {"encoders"},
     "transformers": {"encoders", "data"},
     "av": {"data", "eval", "report", "training"},

@@ -14,7 +14,6 @@ import inspect
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
+
+from vlp.hints import Node, fits, hint_name, hints_of
 
 CONF = Path(__file__).parent.parent / "conf"
 ALLOWED = ("vlp.", "torch.optim.", "torch.nn.", "pytorch_lightning.loggers.")
@@ -43,10 +44,6 @@ _BESIDE_ARGUMENTS = {  # types of what a node may hold that is no argument
     "weight": float,
     "inputs": dict[str, str | list[str]] | None,
 }
-
-
-class Node:
-    """The type of a part in the schema: an open map that carries `_target_`."""
 
 
 class Parts(frozenset[str]):
@@ -112,6 +109,7 @@ class Data:
     num_lanes: int
     window_shards: int
     bucket_steps: int  # steps whose samples are dealt again by size, so that little is padded; 1 = as they come
+    balance: bool  # deal the clips of a step by size, so that no rank waits for another
     num_workers: int
     videos: str | None
     captions: str | None
@@ -154,6 +152,28 @@ class Paths:
 
 
 @dataclasses.dataclass
+class Cluster:
+    """What plan.py assumes of machines, data and failures; training reads none of it."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: str  # a file of conf/gpu/
+    cores_per_node: int
+    utilisation: float  # share of the card's dense rate that a step reaches
+    launch_us: float  # to start one kernel
+    network_gb_s: float | None  # between nodes, a GPU; null takes what is usual for the card
+    reserved_gib: float  # of a card's memory, for what is not counted
+    num_clips: int
+    epochs: float | None  # null takes trainer.max_steps
+    stored_as: str  # one of storage_kinds
+    storage_kinds: dict[str, dict[str, float]]  # name -> decode_ms, megabytes of a clip
+    gpu_mtbf_hours: float  # hours of one GPU between two failures
+    save_stall_s: float
+    save_write_s: float
+    restart_s: float
+
+
+@dataclasses.dataclass
 class Root:
     """Every section of a config; `experiment` and `scale` files only override these."""
 
@@ -173,6 +193,7 @@ class Root:
     schedule: Node
     eval: Eval
     paths: Paths
+    cluster: Cluster
     view: Annotated[dict[str, Any], Parts()]
     objective: Annotated[dict[str, Any], Parts({"weight", "inputs"})]
     init: Init
@@ -464,8 +485,8 @@ def _section_errors(tree: Any, schema: type, path: str) -> Iterator[str]:
 def _leaf_errors(value: Any, hint: Any, path: str) -> Iterator[str]:
     if value == "???":
         return  # `check` has found it
-    if not _fits(value, hint):
-        yield f"{path}: {value!r} has the wrong type; expected {_name(hint)}."
+    if not fits(value, hint):
+        yield f"{path}: {value!r} has the wrong type; expected {hint_name(hint)}."
     else:
         yield from target_errors(value, path)
 
@@ -477,7 +498,7 @@ def _parts_errors(tree: Any, path: str, extra: Parts) -> Iterator[str]:
     for name, node in tree.items():
         if node is None:
             continue  # a part switched off: objective.matching=null
-        if not _fits(node, Node):
+        if not fits(node, Node):
             yield f"{path}.{name}: a part needs a '_target_', the class that is built; got {node!r}."
         else:
             yield from target_errors(node, f"{path}.{name}", extra)
@@ -485,50 +506,25 @@ def _parts_errors(tree: Any, path: str, extra: Parts) -> Iterator[str]:
 
 def _argument_errors(node: Mapping, function: Callable, path: str, extra: frozenset[str]) -> Iterator[str]:
     known = inspect.signature(function).parameters
-    hints = _hints(function.__init__ if inspect.isclass(function) else function)
+    hints = hints_of(function.__init__ if inspect.isclass(function) else function)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     for key in node:
         if key in extra or key in NODE_KEYS:
             hint = _BESIDE_ARGUMENTS[key]
-            if node[key] != "???" and not _fits(node[key], hint):
-                yield f"{path}.{key}: {node[key]!r} has the wrong type; expected {_name(hint)}."
+            if node[key] != "???" and not fits(node[key], hint):
+                yield f"{path}.{key}: {node[key]!r} has the wrong type; expected {hint_name(hint)}."
         elif key not in known and not takes_any:
             yield f"{path}.{key}: {node['_target_']} has no parameter '{key}'{_near(str(key), known)}"
     for key, parameter in known.items():
         if key not in node:
             if parameter.default is inspect.Parameter.empty and not node.get("_partial_") and _named(parameter):
                 yield f"{path}.{key}: {node['_target_']} needs a value for '{key}'."
-        elif node[key] != "???" and key in hints and not _fits(node[key], Node) and not _fits(node[key], hints[key]):
-            yield f"{path}.{key}: {node[key]!r} has the wrong type; {node['_target_']} takes {_name(hints[key])}."
+        elif node[key] != "???" and key in hints and not fits(node[key], Node) and not fits(node[key], hints[key]):
+            yield f"{path}.{key}: {node[key]!r} has the wrong type; {node['_target_']} takes {hint_name(hints[key])}."
 
 
 def _named(parameter: inspect.Parameter) -> bool:
     return parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Does a plain value fit a type? Types that no config can write (modules, callables) are left to the target."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, each) for each in arguments)
-    if hint is Any:
-        return True
-    if hint is Node:
-        return isinstance(value, Mapping) and "_target_" in value
-    if hint in (None, type(None)):
-        return value is None
-    if hint is bool or hint is str:
-        return isinstance(value, hint)
-    if hint is int or hint is float:
-        number = int if hint is int else (int, float)
-        return isinstance(value, number) and not isinstance(value, bool)
-    if origin in (list, tuple, Sequence, Iterable):
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if arguments)
-    if origin in (dict, Mapping):
-        return isinstance(value, Mapping) and all(_fits(item, arguments[1]) for item in value.values())
-    if inspect.isclass(hint):
-        return value is not None and not isinstance(value, bool | int | float | str)
-    return True
 
 
 def _value_errors(tree: Mapping) -> Iterator[str]:
@@ -567,11 +563,18 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
         *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards", "bucket_steps")),
         *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length"),
         *("eval.every", "eval.batch_size"),
+        *(f"cluster.{key}" for key in ("nodes", "gpus_per_node", "cores_per_node", "num_clips")),
     ),
-    ("0 or more", lambda value: value >= 0): ("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
-    ("above 0", lambda value: value > 0): ("optim.lr", "optim.eps", "trainer.clip_grad_norm"),
+    ("0 or more", lambda value: value >= 0): (
+        *("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
+        *(f"cluster.{key}" for key in ("reserved_gib", "launch_us", "save_stall_s", "save_write_s", "restart_s")),
+    ),
+    ("above 0", lambda value: value > 0): (
+        *("optim.lr", "optim.eps", "trainer.clip_grad_norm"),
+        *("cluster.network_gb_s", "cluster.epochs", "cluster.gpu_mtbf_hours"),
+    ),
     ("between 0 and 1", lambda value: 0 <= value <= 1): ("trainer.bad_sample_budget", "data.holdout"),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay", "cluster.utilisation"),
     ("above 0 and below 1", lambda value: 0 < value < 1): ("optim.ema_decay",),
 }
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -580,24 +583,6 @@ _STRATEGIES = ("auto", "ddp")
 
 def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-
-
-@functools.cache
-def _hints(owner: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(owner)
-    except (NameError, TypeError):  # a name that exists for type checkers only; the target checks its values itself
-        return {}
-
-
-def _name(hint: Any) -> str:
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_name(each) for each in arguments)
-    if arguments:
-        return f"{str(hint).partition('[')[0].rpartition('.')[2]} of {' to '.join(_name(each) for each in arguments)}"
-    names = {Node: "a part with a '_target_'", type(None): "null", Any: "anything"}
-    return names.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 def _near(word: str, known: Iterable[str]) -> str:

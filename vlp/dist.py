@@ -26,14 +26,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.num_rows = x.shape[0]
         return _all_gather(x)  # [W*B, ...]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        torch_dist.all_reduce(total)  # gloo has no reduce_scatter
-        return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
+        return sum_own_rows(grads[0].contiguous().clone())
 
 
 def gather(x: Tensor) -> Tensor:
@@ -71,6 +68,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     total = x.detach().clone()
     torch_dist.all_reduce(total)
     return total
+
+
+def sum_own_rows(x: Tensor) -> Tensor:
+    """Return this rank's rows [B, ...] of the sum over all ranks of x [W*B, ...], without gradient; overwrites x."""
+    if world_size() == 1:
+        return x
+    torch_dist.all_reduce(x)  # gloo has no reduce_scatter
+    num_rows = len(x) // world_size()
+    return x.narrow(0, rank() * num_rows, num_rows)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:

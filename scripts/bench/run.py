@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
-BENCHES = ("step_overhead", "startup", "planning", "retrieval")
+BENCHES = ("step_overhead", "startup", "planning", "lengths", "shuffle", "contrastive", "plan_error", "retrieval")
 
 
 def main(names: Sequence[str]) -> None:

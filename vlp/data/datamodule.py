@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from vlp.data.bucket import Bucketed
+from vlp.data.balance import Balanced
+from vlp.data.bucket import Bucketed, Order
 from vlp.data.columns import PARTS, IndexFileError
-from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
+from vlp.data.fields import ClipReader, Clips, Sampling, ShardsError, Source, Transform
 from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader
 from vlp.data.mix import Schedule
 from vlp.data.plan import Plan, check_layout
@@ -34,6 +35,7 @@ class VideoTextData:
         sources: name -> source; their order numbers them. weights: name -> share of the steps; 0 = not trained on.
         batch_size: clips of an optimizer step, over all ranks and micro-batches. accumulate: micro-batches of a step.
         num_lanes, window_shards: see `vlp.data.plan`. bucket_steps: see `vlp.data.bucket`; 1 = as planned.
+        balance: deal the clips of a step to ranks and micro-batches by size, see `vlp.data.balance`.
         num_workers: reading processes of each rank. seed: of the run.
         sampling_train, sampling_test, transforms_train, transforms_test, short_side: see `vlp.data.fields.Clips`.
         texts: chooses the texts of a training sample, see `vlp.data.texts`.
@@ -41,6 +43,7 @@ class VideoTextData:
         index_dir: where the indexes of remote shards lie. cache: keeps remote shards on this machine.
 
     Raises:
+        ShardsError: shards are gone, damaged or without an index; names all of them.
         ValueError: a source is too small or has no usable sample, the batch does not divide, an index is missing.
     """
 
@@ -65,11 +68,13 @@ class VideoTextData:
         texts: TextChoice | None = None,
         index_dir: str | None = None,
         cache: ShardCache | None = None,
+        balance: bool = False,
     ) -> None:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
         self.sources, self.weights = dict(sources), {name: float(weights[name]) for name in sources}
         self.batch_size, self.accumulate = batch_size, accumulate
         self.num_lanes, self.window_shards, self.bucket_steps, self.seed = num_lanes, window_shards, bucket_steps, seed
+        self.balance = balance
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
         self._index_dir, self._cache, self._texts = index_dir, cache, texts
         clips = {
@@ -160,7 +165,7 @@ class VideoTextData:
                 cache=self._cache,
             )
         except (IndexFileError, StorageError) as error:
-            raise ValueError(f"source {name!r}: {error}") from error
+            raise ShardsError(f"source {name!r}: {error}") from error
         if len(reader) and Reason.OK not in reader.by_reason:
             counts = ", ".join(f"{reason.name.lower()}={n}" for reason, n in reader.by_reason.items())
             raise ValueError(
@@ -185,9 +190,12 @@ class VideoTextData:
             global_batch=self.batch_size,
             name=name,
         )
-        if self.bucket_steps == 1:
-            return Part(reader, plan)
-        return Part(reader, Bucketed(plan, sizes=reader.sizes, block_steps=self.bucket_steps, seed=plan.seed))
+        order: Order = plan
+        if self.bucket_steps > 1:
+            order = Bucketed(order, sizes=reader.sizes, block_steps=self.bucket_steps, seed=plan.seed)
+        if self.balance:
+            order = Balanced(order, sizes=reader.sizes, accumulate=self.accumulate)
+        return Part(reader, order)
 
     def _captions(self) -> Iterator[str]:
         for part in self._parts.values():

@@ -36,12 +36,18 @@ from vlp.data.probe import ProbeError, VideoFacts, probe
 from vlp.data.remote import is_remote, shown
 from vlp.data.rng import generator, sample_key
 from vlp.data.shard_cache import ShardCache
+from vlp.data.tar import TarError
 from vlp.data.texts import OneCaption, TextChoice, Texts
 from vlp.types import Reason, SampleError
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # uint8 [T, H, W, 3], one decision for all frames
 
+_MAX_LISTED = 20  # shards that cannot be used, in one message
 _MAX_OPEN = 1024  # mapped indexes of a process; the lanes of a rank read num_lanes / world_size windows at a time
+
+
+class ShardsError(ValueError):
+    """Shards are missing, damaged or not those that were indexed; one line each, with the remedy."""
 
 
 class Source(Protocol):
@@ -99,16 +105,18 @@ class Shards:
         """Index the shards that have no index. Of several processes one indexes a shard, the others wait for it.
 
         Raises:
-            ValueError: a shard is missing or damaged, or its index cannot be written; names it.
+            ShardsError: shards are missing or damaged, or their indexes cannot be written; names them.
+            ValueError: the first shard of a split cannot be read.
         """
         missing = [shard for shard, path in self._paths.items() if not os.path.exists(path)]
+        broken = []
         for shard in tqdm(missing, desc="indexing shards", unit="shard", disable=None):
             try:
                 self._index(shard)
-            except (OSError, storage.StorageError) as error:
-                raise ValueError(
-                    f"shard {shown(shard)!r} cannot be indexed: {error}; run: python -m vlp.data.index"
-                ) from error
+            except (OSError, TarError, storage.StorageError) as error:
+                broken.append(f"shard {shown(shard)!r} cannot be indexed: {error}; run: python -m vlp.data.index")
+        if broken:
+            raise ShardsError(_listed(broken))
         self._check_access(set(missing))
 
     def shards(self, split: str) -> list[str]:
@@ -373,10 +381,17 @@ class ClipReader:
             raise SampleError(Reason.READ_FAILED, f"sample {row}", shown(self.shards[shard]), str(error)) from error
 
     def _opened(self) -> Iterator[ShardIndex]:
+        broken = []
         for number, shard in enumerate(self.shards):
-            index = open_index(shard, index_dir=self.index_dir)
+            try:
+                index = open_index(shard, index_dir=self.index_dir)
+            except (IndexFileError, storage.StorageError) as error:
+                broken.append(str(error))  # name all of them: who repairs one wants to know of the others
+                continue
             self._by_reason[number] = np.bincount(index.columns["status"], minlength=len(Reason))
             yield index
+        if broken:
+            raise IndexFileError(_listed(broken))
 
 
 def _facts(index: ShardIndex, row: int, video: bytes) -> VideoFacts:
@@ -389,6 +404,12 @@ def _facts(index: ShardIndex, row: int, video: bytes) -> VideoFacts:
         return probe(video)
     except ProbeError as error:
         raise SampleError(error.reason, index.key(row), shown(index.shard), error.detail) from error
+
+
+def _listed(lines: Sequence[str]) -> str:
+    """Return one message of many, the first ones in full."""
+    rest = [f"and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+    return "\n".join([*lines[:_MAX_LISTED], *rest])
 
 
 @lru_cache(maxsize=_MAX_OPEN)

@@ -50,9 +50,19 @@ class Counting(pl.Callback):
             if count:
                 key = reason.name.lower()
                 self.seen[name][key] = self.seen[name].get(key, 0) + count
+        pl_module.last["lost"] = self.lost()
         if sum(by_reason[2:]):
             self._list_dropped(batch, name)
             self._check_budget()
+
+    def lost(self) -> dict[str, float]:
+        """Return how many slots had no sample so far, by source and reason: "data/<source>/<reason>"."""
+        return {
+            f"data/{name}/{reason}": float(count)
+            for name, counts in self.seen.items()
+            for reason, count in counts.items()
+            if reason not in ("ok", "padding")
+        }
 
     def _list_dropped(self, batch: Any, name: str) -> None:
         listed = self.dropped[name]
@@ -98,7 +108,7 @@ class MetricsLog(pl.Callback):
         values |= {f"train/{name}_count": float(count) for name, count in last["counts"].items()}
         values["train/grad_norm"] = float(last["grad_norm"])
         values["train/skipped_steps"] = pl_module.num_skipped
-        values |= self._rates(trainer, pl_module, batch)
+        values |= self._rates(trainer, pl_module, batch) | last.get("lost", {})
         last["values"] = values
         self.write(trainer, pl_module.cursor, values)
 

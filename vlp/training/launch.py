@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from vlp import config, dist
 from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
+from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
@@ -129,7 +130,10 @@ class Attempt:
 
     def _data(self) -> VideoTextData:
         cfg = self.cfg
-        sources = prepare.sources(cfg)
+        try:
+            sources = prepare.sources(cfg)
+        except ShardsError as error:
+            raise StopRun(Exit.DATA_BUDGET, str(error)) from None
         weights = {name: float(plain(cfg.data.sources[name]).get("weight", 1.0)) for name in sources}
         folder, max_bytes = cfg.data.cache_dir, int(cfg.data.cache_gib * 2**30)
         try:
@@ -141,6 +145,7 @@ class Attempt:
                 num_lanes=cfg.data.num_lanes,
                 window_shards=cfg.data.window_shards,
                 bucket_steps=cfg.data.bucket_steps,
+                balance=cfg.data.balance,
                 num_workers=cfg.data.num_workers,
                 seed=cfg.run.seed,
                 sampling_train=config.build(cfg.clip.sampling_train, "clip.sampling_train"),
@@ -153,6 +158,8 @@ class Attempt:
                 index_dir=cfg.data.index_dir,
                 cache=ShardCache(folder, max_bytes=max_bytes) if folder else None,
             )
+        except ShardsError as error:
+            raise StopRun(Exit.DATA_BUDGET, str(error)) from None
         except ValueError as error:
             raise config.ConfigError([str(error)]) from None
 

@@ -2,6 +2,7 @@
 
     StepBatch: micro-batches of one optimizer step
       -> ForwardPass each -> counts of all micro-batches and ranks, one all-reduce
+      -> embeddings of all micro-batches without gradient, for objectives over the whole step
       -> objectives -> Term(total, count) -> combine -> backward
       -> clip, check, step, schedule, average
 
@@ -25,6 +26,8 @@ from vlp.layers.temperature import Temperature
 from vlp.objectives.combine import combine, global_counts
 from vlp.training import checkpoint, optim
 from vlp.training.ema import Ema
+from vlp.training.whole_step import WholeStep
+from vlp.types import Term
 
 
 class NonFiniteLossError(RuntimeError):
@@ -74,6 +77,7 @@ class Pretraining(pl.LightningModule):
         self.ema: Ema | None = None
         self.counters: dict[str, Any] = {name: objective.count for name, objective in objectives.items()}
         self.count_wirings = {name: _count_wiring(objectives[name], wiring) for name, wiring in wirings.items()}
+        self.whole_step = WholeStep(objectives, wirings)
         self.cursor = 0  # steps of the plan that are done, skipped ones included: the data position
         self.num_skipped = 0
         self.optimizer_tensors: dict[str, Tensor] = {}  # of the checkpoint that the run continues from
@@ -98,21 +102,32 @@ class Pretraining(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Do one optimizer step on a StepBatch."""
         started = time.perf_counter()
-        torch.manual_seed(mix(self.recipe.seed, self.cursor, dist.rank()) & 0x7FFF_FFFF)
         optimizer = self.optimizers(use_pl_optimizer=True)
         optim.set_rate(optimizer.optimizer, self.recipe.schedule(self.cursor, self.recipe.max_steps))  # type: ignore[union-attr]
         passes = [ForwardPass(self.model, micro, self.graph) for micro in batch.batches]
         counts = global_counts(self.sum_counts(passes))
+        self.whole_step.prepare(passes, self.seed)
         means = dict.fromkeys(self.wirings, torch.zeros((), device=self.device))
         for number, forward in enumerate(passes):
             with nullcontext() if number == len(passes) - 1 else self.without_sync():
-                terms = {n: self.objectives[n](*forward.roles(wiring)) for n, wiring in self.wirings.items()}
-                combined = combine(terms, self.weights, counts)
+                self.seed(number)
+                combined = combine(self.terms(number, forward), self.weights, counts)
                 self.manual_backward(combined.loss)
             means = {name: mean + combined.means[name] for name, mean in means.items()}
+            forward.values.clear()  # or the outputs of all micro-batches would pile up
         norm = self.clip(optimizer)
         self.move(optimizer, norm, means, batch)
         self.note(batch, means, counts, norm, started)
+
+    def seed(self, number: int) -> None:
+        """Restart the random stream of this step's micro-batch `number` on this rank: dropout needs no history."""
+        torch.manual_seed((mix(self.recipe.seed, self.cursor, dist.rank()) + number) & 0x7FFF_FFFF)
+
+    def terms(self, number: int, forward: ForwardPass) -> dict[str, Term]:
+        """Return what the objectives give for micro-batch `number`; those over the whole step come first."""
+        terms = self.whole_step.terms(number, forward)
+        own = {n: w for n, w in self.wirings.items() if n not in terms}  # all ranks in the same order
+        return terms | {name: self.objectives[name](*forward.roles(wiring)) for name, wiring in own.items()}
 
     def sum_counts(self, passes: list[ForwardPass]) -> dict[str, Tensor]:
         """Return the number of items of each objective in this rank's micro-batches, before any encoder runs."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlp import config
 from vlp.data import storage
 from vlp.data.datamodule import VideoTextData
+from vlp.data.fields import ShardsError
 from vlp.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vlp.training import init
 from vlp.training.assemble import build_part
@@ -33,18 +34,23 @@ def sources(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         config.ConfigError: what the user must change, one line a source.
+        ShardsError: shards are missing or damaged; a line each.
     """
-    built, messages = {}, []
+    built, messages, damaged = {}, [], []
     for name, node in cfg.data.sources.items():
         try:
             built[name] = build_part(node, f"data.sources.{name}")
             built[name].prepare()
         except config.ConfigError as error:
             messages += error.messages
+        except ShardsError as error:
+            damaged.append(f"data.sources.{name}: {error}")
         except ValueError as error:
             messages.append(f"data.sources.{name}: {error}")
     if messages:
-        raise config.ConfigError(messages)
+        raise config.ConfigError([*messages, *damaged])
+    if damaged:
+        raise ShardsError("\n".join(damaged))
     return built
 
 

@@ -45,6 +45,7 @@ FREE = (  # sections and keys that may differ when a run continues: they change 
     "logger",
     "eval",
     "paths",
+    "cluster",  # only plan.py reads it
 )
 
 

@@ -1,0 +1,90 @@
+"""`python plan.py +experiment=NAME [section.key=value ...] [--json] [audit | graph]`. No data is opened.
+
+Without a further word: what the run costs. `audit`: which parameters are trained, which are frozen and why.
+`graph`: what a step computes, from what. `--json`: the costs for programs.
+"""
+
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Sequence
+
+from omegaconf import DictConfig
+
+from vlp import config
+from vlp.forward import describe
+from vlp.planning.estimate import estimate
+from vlp.planning.page import page
+from vlp.planning.system import Planned, build
+from vlp.training import optim
+from vlp.training.exits import Exit, reported
+
+
+def main(words: Sequence[str]) -> int:
+    """Print what the command line asks for; return the exit code."""
+    asked = [word for word in words if word in COMMANDS]
+    overrides = [word for word in words if word not in COMMANDS]
+    return reported(lambda: _print(asked, overrides))
+
+
+def _print(asked: Sequence[str], overrides: Sequence[str]) -> int:
+    if len(asked) > 1:
+        raise config.ConfigError([f"{' '.join(asked)}: ask for one of them at a time."])
+    cfg = config.load(overrides)
+    print(COMMANDS[asked[0]](cfg) if asked else page(cfg.run.name, cfg, estimate(cfg)))
+    return Exit.DONE
+
+
+def audit(cfg: DictConfig) -> str:
+    """Return what is trained and what is not, and the reason, for every parameter."""
+    planned = build(cfg)
+    lines = [optim.audit(planned.module)]
+    names = dict(planned.module.named_parameters())
+    for pattern in cfg.optim.freeze:
+        matched = fnmatch.filter(names, pattern.removeprefix("!"))
+        verb = "trains again" if pattern.startswith("!") else "freezes"
+        lines.append(f"optim.freeze '{pattern}' {verb} {len(matched)}: {', '.join(_folded(matched))}")
+    frozen = [name for name, parameter in names.items() if not parameter.requires_grad]
+    trained = [name for name, parameter in names.items() if parameter.requires_grad]
+    patterned = set(_by_pattern(cfg, list(names)))
+    other = [name for name in frozen if name not in patterned]
+    if other:
+        lines.append(f"frozen because nothing that is trained reads them with a gradient: {', '.join(_folded(other))}")
+    lines += [f"dropped, used by no objective: {name} ({count:,})" for name, count in planned.dropped.items()]
+    for title, found in (("frozen", frozen), ("trained", trained)):
+        lines.append(f"{title}: {len(found)} tensors, {sum(names[name].numel() for name in found):,} parameters")
+        lines += [f"  {name}" for name in _folded(found)]
+    return "\n".join(lines)
+
+
+def graph(cfg: DictConfig) -> str:
+    """Return the plan of a step."""
+    planned: Planned = build(cfg)
+    system = planned.system
+    owners = {**dict(system.model.named_children()), **system.objectives}
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in owners.items()}
+    return describe(system.graph, system.wirings, parameters)
+
+
+def _by_pattern(cfg: DictConfig, names: list[str]) -> set[str]:
+    frozen: set[str] = set()
+    for pattern in cfg.optim.freeze:
+        matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
+        frozen = frozen - matched if pattern.startswith("!") else frozen | matched
+    return frozen
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    """Write the layers of a stack as one name: `blocks.*.attn.qkv.weight (24)`."""
+    counts: dict[str, int] = {}
+    for name in names:
+        folded = re.sub(r"\.\d+\.", ".*.", name)
+        counts[folded] = counts.get(folded, 0) + 1
+    return [name + (f" ({count})" if count > 1 else "") for name, count in counts.items()]
+
+
+COMMANDS: dict[str, Callable[[DictConfig], str]] = {
+    "audit": audit,
+    "graph": graph,
+    "--json": lambda cfg: json.dumps(estimate(cfg), indent=1),
+}
