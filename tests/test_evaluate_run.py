@@ -7,7 +7,8 @@ from tiny_runs import train
 
 from vlp import config
 from vlp.eval import compare
-from vlp.training import evaluate_run, plan
+from vlp.planning import command as plan
+from vlp.training import evaluate_run
 from vlp.training.exits import Exit
 
 
@@ -85,12 +86,6 @@ def test_a_run_without_a_checkpoint_is_refused(run, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     assert evaluate_run.main([f"run={tmp_path}"]) == Exit.NO_VALID_CHECKPOINT
     assert "train the run first" in capsys.readouterr().err
-
-
-def test_plan_shows_parts_and_calls_without_data(capsys):
-    assert plan.main(["+experiment=quickstart", "paths.data=/nonexistent"]) == Exit.DONE
-    out = capsys.readouterr().out
-    assert "model.video_encoder" in out and "contrastive        <- video=video_embed" in out and "fusion x4" in out
 
 
 def test_plan_of_a_wrong_config_is_one_line_each(capsys):

@@ -19,13 +19,14 @@ from vlp.eval.runner import EvalData, evaluate, flat_scores
 from vlp.forward import Graph
 from vlp.objectives.answers import AnswerClasses
 from vlp.objectives.choice import MultipleChoice
+from vlp.objectives.choice_matching import ChoiceMatching
 from vlp.objectives.masked_words import MaskedWords
 from vlp.objectives.matching import Matching
 from vlp.training.assemble import System, plain
 from vlp.training.module import Pretraining
 from vlp.types import Batch
 
-_LENDERS = (Matching, AnswerClasses, MultipleChoice, MaskedWords)
+_LENDERS = (Matching, ChoiceMatching, AnswerClasses, MultipleChoice, MaskedWords)
 
 
 class Evaluator:
