@@ -184,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
         index = open_index(
             Path(given["videos"]),
             embed=lambda path: model.embed_windows(path, window_s=window_s),
-            identity=f"{Path(given['run']).resolve()} {model.state.facts['cursor']} {window_s}",
+            identity=f"{Path(given['run']).resolve()} {model.step} {window_s}",
             store=Path(given["run"]) / "search",
         )
         server = serve(Searcher(index, lambda text: model.embed_text([text])[0]), port=int(given.get("port", "8000")))

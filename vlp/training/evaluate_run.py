@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from vlp import config, dist
+from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
 from vlp.data.splits import EvaluationSplits
 from vlp.report.run import write_report
@@ -29,6 +30,7 @@ from vlp.training.assemble import System, assemble
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.launch import quiet
+from vlp.training.state import load_module
 
 CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "paths.", "trainer.num_threads=")
 CHANGEABLE += ("data.index_dir=", "data.cache_dir=", "data.cache_gib=", "data.sources.", "clip.sampling_test.")
@@ -67,20 +69,20 @@ def trained(cfg: DictConfig, run: Path) -> Trained:
         StopRun: there is none.
         config.ConfigError: it does not fit the config.
     """
-    path, refused = checkpoint.newest_valid(run / "checkpoints")
+    stored, refused = checkpoint.newest_valid(run / "checkpoints")
     for line in refused:
         print(f"checkpoint refused: {line}", file=sys.stderr)
-    if path is None:
+    if stored is None:
         raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{run} holds no valid checkpoint; train the run first.")
-    state, system = checkpoint.load(path), assemble(cfg)
+    system, average = assemble(cfg), stored.under("ema")
     module = nn.ModuleDict({"model": system.model, "objectives": nn.ModuleDict(system.objectives)})
     try:
-        checkpoint.load_module(module, {**state.model, **state.ema})
+        load_module(module, {**stored.under("model"), **average})
     except ValueError as error:
         raise config.ConfigError([str(error)]) from None
-    digest = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
-    subject = {"checkpoint": digest, "weights": "averaged" if state.ema else "last"}
-    return Trained(system, module.eval(), int(state.facts["cursor"]), subject)
+    digest = hashlib.sha256((stored.path / "manifest.json").read_bytes()).hexdigest()
+    subject = {"checkpoint": digest, "weights": "averaged" if average else "last"}
+    return Trained(system, module.eval(), int(stored.facts["cursor"]), subject)
 
 
 def benchmark(name: str) -> Benchmark:
@@ -145,6 +147,8 @@ def splits(cfg: DictConfig, run: Path) -> EvaluationSplits:
         )
     except config.ConfigError:
         raise
+    except ShardsError as error:
+        raise StopRun(Exit.DATA_BUDGET, str(error)) from None
     except ValueError as error:
         raise config.ConfigError([str(error)]) from None
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlp import config
 from vlp.layers.position import resize_space, resize_time
-from vlp.training import checkpoint
+from vlp.training import checkpoint, state
 
 _SHOWN = 8  # names of a kind in the summary; all of them are in init.json
 
@@ -60,7 +60,7 @@ def start_from(module: nn.Module, source: Path, *, skip: Sequence[str] = ()) -> 
         config.ConfigError: nothing can be read, nothing fits, or a shape differs that is no table of positions.
     """
     tensors, where = _read(source)
-    own = checkpoint.module_state(module)
+    own = state.module_state(module)
     skipped = sorted(name for name in own if any(fnmatch.fnmatch(name, pattern) for pattern in skip))
     taken = {name: tensors[name] for name in own if name in tensors and name not in skipped}
     resized, wrong, used = [], [], []
@@ -100,18 +100,19 @@ def _read(source: Path) -> tuple[dict[str, Tensor], str]:
             return load_file(source), str(source)
         except (OSError, SafetensorError) as error:
             raise config.ConfigError([f"init.run: {source} is no safetensors file ({error})."]) from None
-    path = source
-    if not (source / "manifest.json").exists():
+    if (source / "manifest.json").exists():
+        try:
+            stored = checkpoint.open_checkpoint(source)
+        except ValueError as error:
+            raise config.ConfigError([f"init.run: {error}"]) from None
+    else:
         newest, refused = checkpoint.newest_valid(source / "checkpoints")
         if newest is None:
             why = f" ({'; '.join(refused)})" if refused else ""
             raise config.ConfigError([f"init.run: {source} holds no valid checkpoint{why}; name a trained run."])
-        path = newest
-    try:
-        state = checkpoint.load(path)
-    except ValueError as error:
-        raise config.ConfigError([f"init.run: {error}"]) from None
-    return {**state.model, **state.ema}, str(path) + (" (averaged weights)" if state.ema else "")
+        stored = newest
+    average = stored.under("ema")
+    return {**stored.under("model"), **average}, str(stored.path) + (" (averaged weights)" if average else "")
 
 
 def _resized(name: str, tensor: Tensor, target: Tensor) -> Tensor | None:
