@@ -85,7 +85,7 @@ def test_a_benchmark_without_shards_is_one_line(run, capsys):
 def test_a_run_without_a_checkpoint_is_refused(run, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     assert evaluate_run.main([f"run={tmp_path}"]) == Exit.NO_VALID_CHECKPOINT
-    assert "holds no valid checkpoint, but config.yaml is there" in capsys.readouterr().err
+    assert "holds no valid checkpoint; train the run first" in capsys.readouterr().err
 
 
 def test_plan_of_a_wrong_config_is_one_line_each(capsys):
