@@ -66,6 +66,8 @@ def make_data(metas, *, rank=0, world=1, batch_size=3, unusable=(), **changes):
         decode=decode,
         bos_id=BOS,
         eos_id=EOS,
+        pad_id=PAD,
+        mask_id=None,
         max_length=MAX_LENGTH,
         num_clips=len(metas),
         batch_size=batch_size,

@@ -5,7 +5,10 @@ import json
 import pytest
 from tiny_runs import train
 
-from vlp.training import evaluate_run, plan
+from vlp import config
+from vlp.eval import compare
+from vlp.planning import command as plan
+from vlp.training import evaluate_run
 from vlp.training.exits import Exit
 
 
@@ -50,16 +53,39 @@ def test_mistakes_are_one_line_each_and_exit_78(run, capsys, words, line):
     assert line in error and "Traceback" not in error
 
 
+def test_every_benchmark_of_conf_can_be_asked_of_a_run(run):
+    given = {"lsmdc_blank": ["eval.tasks.blank.candidates=[a,b]"]}
+    for name in evaluate_run.benchmarks():
+        try:
+            cfg, _ = evaluate_run.load_config(run, name, given.get(name, []))
+        except config.ConfigError as error:
+            assert "texts.answers" in str(error), (name, error)  # needs a run that was fine-tuned on a list of answers
+            continue
+        assert len(cfg.data.sources) == 1 and cfg.eval.tasks
+
+
+def test_a_benchmark_brings_its_own_shards_and_marks_a_split_that_is_not_whole(run, capsys):
+    (shard,) = (run.parent.parent / "data").rglob("test-*.tar")
+    words = [f"run={run}", "task=msrvtt_1ka", f"data.sources.msrvtt_1ka.test=[{shard}]", "eval.batch_size=4"]
+    assert evaluate_run.main(words) == Exit.DONE
+    out = capsys.readouterr().out
+    assert "val/msrvtt_1ka/t2v_r1" in out and "note, msrvtt_1ka: 6 clips, and the published split has 1000" in out
+    (path,) = (run / "scores").glob("*.msrvtt_1ka.retrieval.json")
+    card = json.loads(path.read_text())["card"]
+    assert card["protocol"]["mark"] and card["protocol"]["frames"] == 8 and len(card["protocol"]["split_hash"]) == 64
+    assert len(card["subject"]["checkpoint"]) == 64 and card["protocol"]["decoder"].startswith("PyAV")
+    assert compare.main([str(path), str(next((run / "scores").glob("*.world.retrieval.json")))]) == 76
+
+
+def test_a_benchmark_without_shards_is_one_line(run, capsys):
+    assert evaluate_run.main([f"run={run}", "task=didemo"]) == Exit.BAD_CONFIG
+    assert "didemo" in (error := capsys.readouterr().err) and "Traceback" not in error
+
+
 def test_a_run_without_a_checkpoint_is_refused(run, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     assert evaluate_run.main([f"run={tmp_path}"]) == Exit.NO_VALID_CHECKPOINT
-    assert "holds no valid checkpoint, but config.yaml is there" in capsys.readouterr().err
-
-
-def test_plan_shows_parts_and_calls_without_data(capsys):
-    assert plan.main(["+experiment=quickstart", "paths.data=/nonexistent"]) == Exit.DONE
-    out = capsys.readouterr().out
-    assert "model.video_encoder" in out and "contrastive        <- video=video_embed" in out and "fusion x4" in out
+    assert "holds no valid checkpoint; train the run first" in capsys.readouterr().err
 
 
 def test_plan_of_a_wrong_config_is_one_line_each(capsys):

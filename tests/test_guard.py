@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from vlp.training.guard import Guard, Limits, NonFiniteError, SpikeError, refuse_non_finite
+from vlp.training.module import Pretraining
+from vlp.training.precision import LossScale
 
 WEIGHTS = {"a": 1.0, "b": 0.5}
 

@@ -17,7 +17,8 @@ TABLE = {
     "dist": set(),
     "hints": set(),
     "process": set(),
-    "config": {"hints"},
+    "schema": {"hints"},
+    "config": {"hints", "schema"},
     "sweep": {"config"},
     "forward": {"types", "ops"},
     "views": {"types", "ops", "dist"},
@@ -33,6 +34,8 @@ TABLE = {
 }
 TABLE["training"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["inference"] = TABLE.keys() - {"__init__", "inference"}
+TABLE["report.search"] = {"inference", "eval", "report"}  # a program of its own: nothing imports it
+PROGRAMS = {"vlp.report.search": "report.search"}
 TABLE["planning"] = {"types", "config", "layers", "forward", "objectives", "training"}
 
 # Packages from outside that only these parts may import: each is heavy, or opens what the rest must not.
@@ -51,8 +54,8 @@ ONLY_IN = {
 
 
 def part_of(module: str) -> str:
-    """Return "data" for "vlp.data.tar", and "__init__" for "vlp" itself."""
-    return [*module.split("."), "__init__"][1]
+    """Return "data" for "vlp.data.tar", "__init__" for "vlp" itself, and a program's own name."""
+    return PROGRAMS.get(module) or [*module.split("."), "__init__"][1]
 
 
 def name_of(path: Path) -> str:

@@ -11,7 +11,7 @@ from vlp import config
 from vlp.forward import ForwardPass
 from vlp.training import published
 from vlp.training.assemble import assemble
-from vlp.training.checkpoint import module_state
+from vlp.training.state import once
 from vlp.types import Batch, one_text
 
 VISION = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -70,7 +70,7 @@ def batch() -> Batch:
 
 
 def fill(module: nn.Module, tensors: dict) -> None:
-    own = module_state(nn.ModuleDict({"model": module}))
+    own = once(nn.ModuleDict({"model": module}))
     assert own.keys() == tensors.keys()
     for name, tensor in own.items():
         tensor.copy_(tensors[name])

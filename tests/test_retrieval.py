@@ -2,8 +2,11 @@ import pytest
 import torch
 from eval_toys import Lookup, captioned, make_data, toy_graph
 
-from vlp.eval.retrieval import Retrieval
+from vlp.eval import scores, stored
+from vlp.eval.retrieval import Retrieval, table
 from vlp.eval.runner import evaluate
+from vlp.forward import quantity
+from vlp.types import Grid, Tokens
 
 CASE = [[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.7, 0.6]]  # captions "zero", "one", "two" against clips 0, 1, 2
 
@@ -99,3 +102,56 @@ def test_examples_name_the_caption_that_was_asked(tmp_path):
 def test_a_split_without_usable_clips_has_no_rows(tmp_path):
     task = run(tmp_path, CASE, captioned("zero", "one"), unusable=(0, 1))
     assert (task["rows"], task["examples"]) == ([], [])
+
+
+class Matched(Lookup):
+    """The video keeps its number in a grid, so that a matching head can know the right answer."""
+
+    @quantity
+    def video(self, frames):
+        number = frames[:, 0, 0, 0, 0].float()[:, None, None, None, None]
+        return Grid(number, torch.ones(len(number), 1, dtype=torch.bool), number[:, :, 0, 0])
+
+    @quantity
+    def video_embed(self, frames):
+        return self.videos[frames[:, 0, 0, 0, 0].long()]
+
+    @quantity
+    def fused_text(self, video, text_ids, text_mask):
+        word = text_ids[:, 1:2, None] - 3.0  # [B, 1, 1], the number that the caption says
+        return Tokens(-(video.x[:, 0, 0] - word).abs(), text_mask[:, :1])
+
+
+@pytest.mark.parametrize(("rerank", "r1", "mean_rank"), [(2, 100, 1), (3, 100, 1), (1, 100 / 3, 5 / 3)])
+def test_matching_orders_the_best_again_and_leaves_the_rest_behind(tmp_path, rerank, r1, mean_rank):
+    similarity = torch.tensor(CASE)
+    model = Matched(torch.eye(3), similarity)
+    data = make_data(captioned("zero", "one", "two"), batch_size=2)
+    options = {"step": 1, "device": "cpu", "scorers": {"matching": lambda fused: fused.x[:, 0, 0]}}
+    tasks = {"retrieval": Retrieval(rerank=rerank)}
+    found = evaluate(model, toy_graph(model), tasks, data, out_dir=tmp_path / "eval", **options)
+    raw = column(found["tasks"]["retrieval"])
+    assert raw["t2v_r1"] == pytest.approx(100 / 3) and raw["t2v_rerank_r1"] == pytest.approx(r1)
+    assert raw["t2v_rerank_mean_rank"] == pytest.approx(mean_rank)
+
+
+def test_stored_embeddings_give_the_same_table(tmp_path, capsys):
+    data = make_data(captioned("zero", ["one", "two"], "two"), batch_size=2, embeddings=tmp_path / "e.safetensors")
+    model, options = lookup(CASE), {"step": 1, "device": "cpu", "out_dir": tmp_path / "eval"}
+    found = evaluate(model, toy_graph(model), {"retrieval": Retrieval(store=True)}, data, **options)
+    rows = found["tasks"]["retrieval"]["rows"]
+    again = table(stored.load(tmp_path / "e.safetensors")).rows
+    assert [{key: row[key] for key in ("key", "raw", "dual_softmax")} for row in rows] == [
+        {key: row[key] for key in ("key", "raw", "dual_softmax")} for row in again
+    ]
+    assert stored.main([str(tmp_path / "e.safetensors")]) == 0 and "t2v_r1" in capsys.readouterr().out
+    assert stored.main([str(tmp_path / "absent")]) == 78
+
+
+def test_intervals_and_the_protocol_stand_beside_the_scores(tmp_path):
+    found = run(tmp_path, CASE, captioned("zero", "one", "two"), max_captions=1)
+    assert found["protocol"]["captions"] == "first 1" and found["protocol"]["num_clips"] == 3
+    (path,) = (tmp_path / "scores").glob("step-000001.toys.retrieval.json")
+    kept = scores.read(path)
+    assert kept.each["t2v_mean_rank"].values == [1, 2, 2] and kept.keys == {n: f"clip/{n}" for n in range(3)}
+    assert all(row["low"] <= row["raw"] <= row["high"] for row in kept.rows)

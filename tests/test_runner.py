@@ -15,17 +15,21 @@ from torch import nn
 from vlp import dist
 from vlp.eval import strips
 from vlp.eval.captions import Captions
+from vlp.eval.decoding import Beam
+from vlp.eval.questions import ByCosine, ByVocabulary, MultipleChoice, OpenEnded
 from vlp.eval.retrieval import Retrieval
 from vlp.eval.runner import evaluate, flat_scores
 from vlp.eval.temporal_probe import TemporalProbe
 from vlp.forward import ForwardPass, Graph, quantity
-from vlp.types import Batch
+from vlp.types import Batch, Grid, Tokens
 
 THREE = captioned("zero", "one", "two")
 # One to three captions, some with a hard negative; the number of clips is a multiple of neither two nor three.
 SEVEN = [
     {"captions": [VOCAB[3 + i % 5] + " then red", "blue one", "red two"][: 1 + i % 3]}
     | ({"hard_negative": "red then " + VOCAB[3 + i % 5]} if i % 4 < 2 else {})
+    | {"choices": [{"question": "red", "options": ["one", "two", "blue"][: 2 + i % 2], "answer": i % 2}] * (i % 3)}
+    | {"questions": [{"question": "one then", "answer": "blue"}] * (2 - i % 3)}
     for i in range(7)
 ]
 
@@ -74,8 +78,14 @@ class Towers(nn.Module):
         return torch.tensor(20.0)
 
     @quantity
-    def fused_text(self, video_embed, text_embed):
-        return video_embed * text_embed
+    def video(self, video_embed):
+        x = video_embed[:, None, None, None]  # [B, 1, 1, 1, D]
+        return Grid(x, torch.ones(len(x), 1, dtype=torch.bool), x[:, :, 0, 0])
+
+    @quantity
+    def fused_text(self, video, text_embed, text_mask):
+        all_ranks_are_here()
+        return Tokens((video.x[:, 0, 0] * text_embed[:, None]).tanh() @ self.project[:64], text_mask[:, :1])
 
     @quantity
     def caption_logits(self, video_embed, text_ids):
@@ -86,12 +96,16 @@ class Towers(nn.Module):
 def everything(rank, world, folder):
     """Evaluate seven clips of which one is unusable, and two clips of which the third process gets none."""
     torch.set_num_threads(1)
-    tasks = {"retrieval": Retrieval(), "probe": TemporalProbe(), "captions": Captions(num_clips=5)}
-    options = {"scorers": {"matching": lambda fused: fused.sum(-1)}, "device": "cpu"}
+    tasks = {"retrieval": Retrieval(rerank=2, store=True), "probe": TemporalProbe()}
+    tasks |= {"captions": Captions(num_clips=5, writer=Beam(num_beams=2)), "choice": MultipleChoice(by=ByCosine())}
+    tasks |= {"answers": OpenEnded(by=ByVocabulary(answers=["red", "blue"]))}
+    lent = {"matching": lambda fused: fused.x[:, 0].sum(-1), "answers": lambda fused: fused.x[:, 0, :2]}
+    options = {"scorers": lent, "device": "cpu"}
     for metas, unusable in ((SEVEN, (3,)), (SEVEN[:2], ())):
         model = Towers()
         data = make_data(metas, rank=rank, world=world, batch_size=4, unusable=unusable)
         where = {"step": len(metas), "out_dir": folder / str(world) / "eval"}
+        data = data._replace(embeddings=folder / str(world) / f"{len(metas)}.safetensors")
         result = evaluate(model, toy_graph(model), tasks, data, **where, **options)
         assert model.sizes == {4}
         assert result == json.loads((where["out_dir"] / f"step-{len(metas):06d}.toys.json").read_text())
@@ -121,7 +135,7 @@ def worlds(tmp_path_factory):
 @pytest.mark.parametrize("world", ["2", "3"])
 def test_scores_of_several_processes_are_those_of_one_to_the_last_digit(worlds, world):
     single = sorted(path for path in (worlds / "1").rglob("*") if path.is_file())
-    assert {path.suffix for path in single} == {".json", ".jpg"}
+    assert {path.suffix for path in single} == {".json", ".jpg", ".safetensors"}
     for path in single:
         other = worlds / world / path.relative_to(worlds / "1")
         assert other.read_bytes() == path.read_bytes(), path.name
@@ -220,6 +234,9 @@ def test_scores_that_are_not_numbers_still_give_json(tmp_path):
 
 class Broken:
     title, needs = "Broken", ()
+
+    def protocol(self):
+        return {}
 
     def begin(self, data, *, scorers):
         pass

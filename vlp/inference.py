@@ -42,6 +42,7 @@ class Loaded:
         messages = config.check(self.cfg)  # the file may come from a stranger: it is data, checked like any config
         if messages:
             raise ValueError(f"{run / 'config.yaml'}: {'; '.join(messages)}")
+        self.step = stored.step
         self.model = self._model(stored)
         self.tokenizer: Tokenizer = prepare.tokenizer(self.cfg, run, ())
         self.graph = Graph(self.model, fields=Batch._fields, views={})
@@ -54,6 +55,31 @@ class Loaded:
         """
         frames = torch.stack([self._frames(Path(video)) for video in videos])
         return self._take("video_embed", frames, [""] * len(videos))
+
+    def embed_windows(self, video: str | Path, *, window_s: float) -> tuple[list[tuple[float, float]], Tensor]:
+        """Return the windows (start, end) in seconds that cover a video, and a unit vector [N, E] of each.
+
+        The windows are equal and about `window_s` long; a shorter video, or an image, is one.
+
+        Raises:
+            ValueError: a file that cannot be decoded, with the reason.
+        """
+        path = Path(video)
+        data = path.read_bytes()
+        try:
+            facts = probe(data)
+            count = max(1, round(facts.duration_s / window_s))
+            length = facts.duration_s / count
+            choose = config.build(self.cfg.clip.sampling_test)
+            times = [choose(length, facts.fps, None) + length * number for number in range(count)]
+            frames = decode(data, np.concatenate(times), short_side=self.cfg.clip.short_side).frames
+        except (ProbeError, DecodeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        for node in self.cfg.clip.transforms_test:
+            frames = config.build(node)(frames, None)
+        parts = np.split(frames, np.cumsum([len(own) for own in times])[:-1])
+        embeds = [self._take("video_embed", torch.from_numpy(part.copy())[None], [""]) for part in parts]
+        return [(length * number, length * (number + 1)) for number in range(count)], torch.cat(embeds)
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors [N, E] of texts."""

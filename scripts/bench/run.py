@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
 BENCHES = ("step_overhead", "startup", "planning", "lengths", "shuffle", "contrastive", "plan_error")
-BENCHES += ("decoding", "loading", "reading", "transfer", "indexing", "checkpoints")
+BENCHES += ("decoding", "loading", "reading", "transfer", "indexing", "checkpoints", "retrieval")
 
 
 def main(names: Sequence[str]) -> None:

@@ -76,6 +76,75 @@ class OneOfEach:
         return Texts(first, tuple(others))
 
 
+class Question:
+    """An open question of the clip as text and its answer's place in a fixed list as label.
+
+    A clip without a question brings its caption, and a question whose answer is not in the list is asked without label:
+    both cost a slot of the objective, never the order of the data.
+
+    Args:
+        answers: the list; `python -m vlp.data.answers` makes one from shards.
+        field: of the record, a list of {"question", "answer"}.
+    """
+
+    num_others = 0
+
+    def __init__(self, *, answers: Sequence[str], field: str = "questions") -> None:
+        if len(set(answers)) != len(answers) or len(answers) < 2:
+            raise ValueError(f"answers has {len(answers)} entries; it must hold at least two, and all different.")
+        self.places, self.field, self.num_answers = {text: n for n, text in enumerate(answers)}, field, len(answers)
+
+    def __call__(self, meta: Mapping[str, Any], key: int) -> Texts:
+        asked = meta.get(self.field) or []
+        if not asked:
+            return Texts(_drawn(meta["captions"], key))
+        one = asked[int(generator(key, "question").integers(len(asked)))]
+        return Texts(one["question"], label=self.places.get(one["answer"], IGNORE_INDEX))
+
+
+class QuestionAndAnswer:
+    """An open question followed by its answer, for a decoder that writes answers; a caption where there is none."""
+
+    num_others = 0
+
+    def __init__(self, *, field: str = "questions") -> None:
+        self.field = field
+
+    def __call__(self, meta: Mapping[str, Any], key: int) -> Texts:
+        asked = meta.get(self.field) or []
+        if not asked:
+            return Texts(_drawn(meta["captions"], key))
+        one = asked[int(generator(key, "question").integers(len(asked)))]
+        return Texts(f"{one['question']} {one['answer']}")
+
+
+class Options:
+    """A question with options: each option as one of the other texts, the place of the right one as label.
+
+    Args:
+        max_options: further wrong ones are left out. template: how question and option become one text.
+        field: of the record, a list of {"question", "options", "answer"}.
+    """
+
+    def __init__(self, *, max_options: int = 5, template: str = "{question} {option}", field: str = "choices") -> None:
+        if max_options < 2 or "{option}" not in template:
+            raise ValueError(
+                f"max_options={max_options} must be at least 2, and template={template!r} have {{option}}."
+            )
+        self.num_others, self.template, self.field = max_options, template, field
+
+    def __call__(self, meta: Mapping[str, Any], key: int) -> Texts:
+        asked = meta.get(self.field) or []
+        if not asked:
+            return Texts(_drawn(meta["captions"], key), (None,) * self.num_others)
+        rng = generator(key, "question")
+        one = asked[int(rng.integers(len(asked)))]
+        wrong = [place for place in rng.permutation(len(one["options"])).tolist() if place != one["answer"]]
+        places = rng.permutation([one["answer"], *wrong[: self.num_others - 1]]).tolist()
+        texts = [self.template.format(question=one["question"], option=one["options"][place]) for place in places]
+        return Texts(one["question"], _filled(texts, self.num_others), places.index(one["answer"]))
+
+
 def _texts_of(value: Any) -> list[str]:
     """Return the texts of a field that may be absent, one text, or a list of texts."""
     values = value if isinstance(value, list) else [value]

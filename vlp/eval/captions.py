@@ -1,23 +1,28 @@
 """Write a caption for a clip and compare it with the clip's own.
 
-Axes: B clips, L text length, V vocabulary.
+Axes: B clips.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
-from vlp import dist
-from vlp.eval import metrics
+from vlp.eval import caption_metrics, coco_captions, metrics
+from vlp.eval.decoding import Greedy, Writer
 from vlp.eval.runner import EvalData, Scorer, collect
+from vlp.eval.scores import Each
+from vlp.eval.writing import write
 from vlp.forward import ForwardPass
 from vlp.types import Batch
 
 MAX_OTHERS = 8  # other clips whose references give the chance level
+_SHOWN = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
+
+Texts = list[str]
+References = list[list[str]]
 
 
 class Written(NamedTuple):
@@ -28,74 +33,94 @@ class Written(NamedTuple):
 
 
 class Captions:
-    """Greedy captions: exact match and token F1, each with the best of the clip's references, in percent.
+    """Captions against references: CIDEr, BLEU-4, ROUGE-L, exact match and token F1, in percent (CIDEr: times 100).
 
     The chance level is what the same captions score against the references of other clips: what wording alone earns.
 
     Args:
-        num_clips: how many clips of the split to caption, evenly spaced, since each token costs a pass of the decoder.
-        max_length: tokens of a caption, the first and the last one included; never more than the texts trained on.
+        num_clips: how many clips of the split to caption, evenly spaced; null for all.
+        writer: vlp.eval.decoding.Greedy, Beam or Nucleus.
+        min_length: tokens before a caption may end. max_length: tokens of a caption, the first and the last one
+            included; never more than the texts trained on.
+        java: score with the public COCO code in Java, METEOR and SPICE included; see vlp.eval.coco_captions.
         num_examples: clips to show.
     """
 
     title = "Captions"
+    borrows: ClassVar = ()
     needs: ClassVar = ("caption_logits",)
 
-    def __init__(self, *, num_clips: int = 64, max_length: int = 32, num_examples: int = 6) -> None:
-        self.num_clips, self.max_length, self.num_examples = num_clips, max_length, num_examples
+    def __init__(
+        self,
+        *,
+        num_clips: int | None = 64,
+        writer: Writer | None = None,
+        min_length: int = 1,
+        max_length: int = 32,
+        java: bool = False,
+        num_examples: int = 6,
+    ) -> None:
+        if not 0 <= min_length < max_length - 1:
+            raise ValueError(f"min_length={min_length} must be at least 0 and below max_length - 1 = {max_length - 1}.")
+        if java and coco_captions.why_not():
+            raise ValueError(f"java=true: {coco_captions.why_not()}.")
+        self.writer = writer or Greedy()
+        self.num_clips, self.min_length, self.max_length = num_clips, min_length, max_length
+        self.java, self.num_examples = java, num_examples
+
+    def protocol(self) -> dict[str, Any]:
+        return {
+            "decoding": self.writer.protocol(),
+            "length": f"{self.min_length} to {self.max_length} tokens",
+            "clips": "all" if self.num_clips is None else f"{self.num_clips}, evenly spaced",
+            "metrics": "pycocoevalcap, tokenised in Java" if self.java else "vlp, tokenised in Python",
+        }
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
         self.data = data
         self.written: list[Written] = []
 
     def update(self, batch: Batch, forward: ForwardPass) -> None:
-        chosen = batch.valid & (batch.sample_id * self.num_clips % self.data.num_clips < self.num_clips)  # [B]
-        ids = self._greedy(forward, chosen).cpu()  # [B, L]
-        for row in chosen.nonzero()[:, 0].tolist():
-            self.written.append(Written(int(batch.sample_id[row]), self._text(ids[row])))
+        wanted = self.data.num_clips if self.num_clips is None else self.num_clips
+        chosen = batch.valid & (batch.sample_id * wanted % self.data.num_clips < wanted)  # [B]
+        limits = {"min_new": self.min_length, "limit": self.max_length}
+        texts = write(self.writer, forward, self.data, prompts=[""] * len(chosen), chosen=chosen, **limits)
+        rows = zip(batch.sample_id.tolist(), texts, chosen.tolist(), strict=True)
+        self.written += [Written(sample, text) for sample, text, own in rows if own]
 
     def finish(self) -> dict:
         written = sorted(one for part in collect(self.written) for one in part)
         if not written:
             return {"title": self.title, "rows": [], "examples": []}
         references = [self.data.meta(one.sample_id)["captions"] for one in written]
-        texts = [one.text for one in written]
-        rows = [
-            metrics.row(
-                name,
-                key,
-                raw=_percent(score, texts, references),
-                chance=_chance(score, texts, references),
-                num=len(texts),
-            )
-            for name, key, score in (("exact match", "caption_exact", exact), ("token F1", "caption_f1", token_f1))
-        ]
+        texts, clips = [one.text for one in written], [one.sample_id for one in written]
+        rows, each = [], {}
+        for name, key, score in (("exact match", "caption_exact", exact), ("token F1", "caption_f1", token_f1)):
+            values = [100 * best(score, text, own) for text, own in zip(texts, references, strict=True)]
+            chance = _chance(score, texts, references)
+            rows.append(metrics.row(name, key, raw=sum(values) / len(values), chance=chance, num=len(texts)))
+            each[key] = Each(clips, [0] * len(clips), values)
+        more_rows, more_each = self._corpus(texts, references, clips)
+        rows, each = rows + more_rows, each | more_each
         right = torch.tensor([best(exact, text, own) == 1 for text, own in zip(texts, references, strict=True)])
         examples = [
             {"kind": "caption", "generated": texts[n], "references": references[n], "strip": written[n].sample_id}
             for n in metrics.mixed_sample(right, self.num_examples)
         ]
-        return {"title": self.title, "rows": rows, "examples": examples}
+        return {"title": self.title, "rows": rows, "each": each, "examples": examples}
 
-    def _greedy(self, forward: ForwardPass, chosen: Tensor) -> Tensor:
-        """Return the likeliest tokens [B, L], one by one, until the `chosen` [B] rows of all ranks have ended."""
-        like = forward.fields["text_ids"]
-        ids = like.new_full((len(like), 1), self.data.bos_id)
-        running = chosen.to(like.device)
-        limit = min(self.max_length, self.data.max_length)
-        while ids.shape[1] < limit and dist.max_over_ranks(running.any().long()):
-            real = torch.ones_like(ids, dtype=torch.bool)
-            here = forward.with_fields(text_ids=ids, text_mask=real, word_ids=torch.zeros_like(ids))
-            token = here.take("caption_logits")[:, -1].argmax(-1)  # [B]
-            ids = torch.cat([ids, token[:, None]], dim=1)
-            running = running & (token != self.data.eos_id)
-        return ids[:, 1:]
-
-    def _text(self, ids: Tensor) -> str:
-        """Return the text of ids [L] up to the first end token."""
-        ends = (ids == self.data.eos_id).nonzero()[:, 0].tolist()
-        kept = ids[: ends[0]] if ends else ids
-        return self.data.decode(kept[None])[0] if len(kept) else ""
+    def _corpus(self, texts: Texts, references: References, clips: list[int]) -> tuple[list[dict], dict[str, Each]]:
+        score = coco_captions.score if self.java else caption_metrics.score
+        found = score(texts, references)
+        others = score(texts, references[1:] + references[:1]).corpus if len(texts) > 1 else {}
+        rows, each = [], {}
+        for name in (name for name in _SHOWN if name in found.corpus):
+            chance = 100 * others[name] if others else None
+            key, raw, unit = f"caption_{name}", 100 * found.corpus[name], "" if name == "cider" else "%"
+            rows.append(metrics.row(_SHOWN[name], key, raw=raw, chance=chance, num=len(texts), unit=unit))
+            if name != "bleu_4":  # a corpus score that is no mean of the captions'
+                each[key] = Each(clips, [0] * len(clips), [100 * value for value in found.each[name]])
+        return rows, each
 
 
 def words(text: str) -> list[str]:
@@ -115,16 +140,16 @@ def token_f1(text: str, reference: str) -> float:
     return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0
 
 
-def best(score: Callable[[str, str], float], text: str, references: list[str]) -> float:
+def best(score: Callable[[str, str], float], text: str, references: Texts) -> float:
     """Return the score of a text with the reference that suits it most."""
     return max(score(text, reference) for reference in references)
 
 
-def _percent(score: Callable[[str, str], float], texts: list[str], references: list[list[str]]) -> float:
+def _percent(score: Callable[[str, str], float], texts: Texts, references: References) -> float:
     return 100 * sum(best(score, text, own) for text, own in zip(texts, references, strict=True)) / len(texts)
 
 
-def _chance(score: Callable[[str, str], float], texts: list[str], references: list[list[str]]) -> float | None:
+def _chance(score: Callable[[str, str], float], texts: Texts, references: References) -> float | None:
     shifts = range(1, min(len(texts), MAX_OTHERS + 1))
     scores = [_percent(score, texts, references[shift:] + references[:shift]) for shift in shifts]
     return sum(scores) / len(scores) if scores else None

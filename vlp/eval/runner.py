@@ -18,10 +18,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as torch_dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp import dist
-from vlp.eval import strips
+from vlp.eval import scores, strips
 from vlp.forward import ForwardPass, Graph
 from vlp.types import Batch, Reason, Tokens
 
@@ -45,10 +46,15 @@ class EvalData(NamedTuple):
     decode: Callable[[Tensor], list[str]]  # ids [N, L] -> N texts
     bos_id: int
     eos_id: int
+    pad_id: int
+    mask_id: int | None
     max_length: int  # tokens of a text, the first and the last one included
     num_clips: int  # of the split, over all ranks, unusable ones included
     batch_size: int  # clips a forward pass on one rank; shorter batches are filled up
     is_stopping: Callable[[], Any] = lambda: None  # asked before each batch; if any rank says so, all stop
+    num_frames: int | None = None  # of a clip; batches of shorter ones are filled up
+    card: Mapping[str, Mapping[str, Any]] = {}  # "protocol" and "subject", see vlp.eval.scores
+    embeddings: Path | None = None  # where retrieval stores its embeddings
 
 
 class Task(Protocol):
@@ -56,6 +62,11 @@ class Task(Protocol):
 
     title: str
     needs: tuple[str, ...]  # node names that it takes
+    borrows: tuple[str, ...]  # scorers that it cannot do without
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what of this task another score must share to be compared: prompts, decoding, post-processing."""
+        ...
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
         """Forget what was measured before."""
@@ -69,7 +80,10 @@ class Task(Protocol):
         ...
 
     def finish(self) -> dict:
-        """Return {"title", "rows", "examples"}; called on all ranks, and rank 0's answer counts."""
+        """Return {"title", "rows", "examples"}, and "each" (row key -> Each) where rows are made of items.
+
+        Called on all ranks, and rank 0's answer counts.
+        """
         ...
 
 
@@ -101,7 +115,7 @@ def evaluate(
         for task in tasks.values():
             task.begin(data, scorers=scorers)
         for batch in _in_step(data, device):
-            _check_texts(batch, data)
+            batch = _with_whole_texts(batch, data)
             pictures.add(batch)
             seen += zip(batch.sample_id.tolist(), batch.valid.tolist(), strict=True)
             forward = ForwardPass(model, Batch(*(x.to(device) for x in batch)), graph)
@@ -109,6 +123,7 @@ def evaluate(
                 task.update(batch, forward)
         counts = _counts(seen, data)
         results = {name: task.finish() for name, task in tasks.items()}
+    files = _recorded(results, tasks, data, counts)
     about = {"step": step, "source": data.source, "split": data.split, **counts}
     result = {
         **about,
@@ -118,6 +133,8 @@ def evaluate(
     if dist.rank() == 0:
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
         strips.replace(out_dir / f"step-{step:06d}.{data.source}.json", text.encode())
+        for name, found in files.items():
+            scores.write(out_dir.parent / "scores" / f"step-{step:06d}.{data.source}.{name}.json", found)
     return everyone(result)[0]
 
 
@@ -127,18 +144,18 @@ def flat_scores(result: dict) -> dict[str, float]:
     Raises:
         ValueError: two rows have the same key.
     """
-    scores: dict[str, float] = {}
+    found: dict[str, float] = {}
     for name, task in result["tasks"].items():
         for row in task["rows"]:
             for column, suffix in (("raw", ""), ("dual_softmax", "_dsl")):
                 key = f"val/{result['source']}/{row['key']}{suffix}"
-                if key in scores:
+                if key in found:
                     raise ValueError(
                         f"tasks.{name}: '{row['key']}' is also a row of another task; keep one of the two."
                     )
                 if row.get(column) is not None:
-                    scores[key] = row[column]
-    return scores
+                    found[key] = row[column]
+    return found
 
 
 def with_texts(forward: ForwardPass, data: EvalData, texts: list[str]) -> ForwardPass:
@@ -222,19 +239,50 @@ def _without(batch: Batch, absent: Tensor) -> Batch:
     )
 
 
-def _check_texts(batch: Batch, data: EvalData) -> None:
-    """Tasks take the batch's text for the first caption, so a batch that carries another one would score it wrongly."""
-    rows = batch.valid.nonzero()[:, 0].tolist()
-    if not rows:
-        return
-    samples = batch.sample_id[rows].tolist()
-    ids, mask, _ = data.encode([data.meta(sample)["captions"][0] for sample in samples])
-    for place, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        if not torch.equal(batch.text_ids[row][batch.text_mask[row]], ids[place][mask[place]]):
+def _with_whole_texts(batch: Batch, data: EvalData) -> Batch:
+    """Fill texts and frames up to the longest there may be: the last bits of a result depend on the shape of a batch.
+
+    Tasks take the batch's text for the first caption, so a batch that carries another one is refused.
+
+    Raises:
+        ValueError: the text of a clip is not its first caption.
+    """
+    rows = zip(batch.sample_id.tolist(), batch.valid.tolist(), strict=True)
+    ids, mask, word_ids = data.encode([data.meta(sample)["captions"][0] if ok else "" for sample, ok in rows])
+    for row in batch.valid.nonzero()[:, 0].tolist():
+        if not torch.equal(batch.text_ids[row][batch.text_mask[row]], ids[row][mask[row]]):
             raise ValueError(
-                f"{data.source}: the text of clip '{data.key_of(sample)}' is not its first caption; "
+                f"{data.source}: the text of clip '{data.key_of(int(batch.sample_id[row]))}' is not its first caption; "
                 "EvalData.batches must carry meta['captions'][0]."
             )
+    missing = (data.num_frames or batch.frames.shape[1]) - batch.frames.shape[1]
+    return batch._replace(
+        text_ids=ids,
+        text_mask=mask,
+        word_ids=word_ids,
+        frames=F.pad(batch.frames, (0, 0, 0, 0, 0, 0, 0, missing)),
+        frame_mask=F.pad(batch.frame_mask, (0, missing)),
+        times_s=F.pad(batch.times_s, (0, missing)),
+    )
+
+
+def _recorded(
+    results: dict[str, dict], tasks: Mapping[str, Task], data: EvalData, counts: Mapping[str, int]
+) -> dict[str, scores.ScoreFile]:
+    """Put interval and protocol into each task's result; return its score file, by the name of the task."""
+    files = {}
+    for name, result in results.items():
+        each: dict[str, scores.Each] = result.pop("each", {})
+        for row in result["rows"]:
+            if row["key"] in each:
+                row["low"], row["high"] = scores.interval(each[row["key"]])
+        about = {"task": type(tasks[name]).__name__, **counts, **tasks[name].protocol()}
+        card = {"protocol": {**data.card.get("protocol", {}), **about}, "subject": dict(data.card.get("subject", {}))}
+        result["protocol"] = card["protocol"]
+        if result["rows"]:
+            keys = {clip: data.key_of(clip) for one in each.values() for clip in one.clips}
+            files[name] = scores.ScoreFile(card, result["rows"], each, keys)
+    return files
 
 
 def _counts(seen: list[tuple[int, bool]], data: EvalData) -> dict[str, int]:

@@ -4,13 +4,14 @@ Axes: B clips, N clips with a hard negative, W ways to score.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlp.eval import metrics
 from vlp.eval.runner import EvalData, Scorer, collect, with_texts
+from vlp.eval.scores import Each
 from vlp.forward import ForwardPass
 from vlp.types import Batch
 
@@ -25,10 +26,14 @@ class TemporalProbe:
     """
 
     title = "Order of events"
+    borrows: ClassVar = ()
     needs: ClassVar = ("video_embed", "text_embed")
 
     def __init__(self, *, num_examples: int = 6) -> None:
         self.num_examples = num_examples
+
+    def protocol(self) -> dict[str, Any]:
+        return {"ties": "wrong", "negatives": "hard_negative of the record"}
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
         self.data, self.matching = data, scorers.get("matching")
@@ -58,7 +63,12 @@ class TemporalProbe:
             metrics.row(name, key, raw=metrics.share(column), chance=50.0, num=len(ids))
             for (name, key), column in zip(names, correct.unbind(1), strict=False)
         ]
-        return {"title": self.title, "rows": rows, "examples": self._examples(ids, scores[:, 0], correct[:, 0])}
+        each = {
+            key: Each(ids.tolist(), [0] * len(ids), (100.0 * column).tolist())
+            for (_, key), column in zip(names, correct.unbind(1), strict=False)
+        }
+        examples = self._examples(ids, scores[:, 0], correct[:, 0])
+        return {"title": self.title, "rows": rows, "each": each, "examples": examples}
 
     def _scores(self, forward: ForwardPass) -> Tensor:
         """Return [B, W] on the CPU: the cosine, and the logit of matching if there is one."""

@@ -7,7 +7,8 @@
                                      |
                          video, text -> fused -> fused_text, fused_video         fusion: matching, masked words
 
-Axes: B clips, T frames or grid steps, C channels, H W pixels or cells, N tokens, L text length, D width, E embedding.
+Axes: B clips, T frames or grid steps, C channels, H W pixels or cells, N tokens, L text length, D width, E embedding,
+K other texts of a clip.
 """
 
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vlp.forward import quantity
@@ -155,6 +156,17 @@ class VideoText(nn.Module):
         return fused.video
 
     @quantity
+    def fused_more(self, video: Grid, more_ids: Tensor, more_mask: Tensor) -> Tokens:
+        """Fuse the clip with each of its other texts: their first tokens [B, K, D], False where there is no text."""
+        num_texts, there = more_ids.shape[1], more_mask.any(-1)  # [B, K]
+        mask = more_mask.clone()
+        mask[..., 0] |= ~there  # attention over nothing is not a number
+        ids, mask = (rearrange(x, "b k l -> (b k) l") for x in (more_ids, mask))
+        grids = Grid(*(repeat(field, "b ... -> (b k) ...", k=num_texts) for field in video))
+        fused = self.fusion(grids, self.text_encoder(ids, mask)).text.x[:, 0]  # [B*K, D]
+        return Tokens(rearrange(fused, "(b k) d -> b k d", k=num_texts), there)
+
+    @quantity
     def attention_mass(self, video: Grid, text: Tokens) -> AttentionMass:
         """Return where the attention of the fusion goes."""
         return self.fusion(video, text, True)
@@ -167,7 +179,7 @@ class VideoText(nn.Module):
     def shape_errors(self, quantities: set[str]) -> list[str]:
         """Return one line for each pair of parts that do not fit together, of those that `quantities` use."""
         widths = {"video": self.video_dim, "text": _width(self.text_encoder)}
-        taken = {"fusion": self.fusion if "fused" in quantities else None}
+        taken = {"fusion": self.fusion if quantities & {"fused", "fused_more"} else None}
         taken["decoder"] = self.decoder if "caption_logits" in quantities else None
         messages = [
             f"{part}.{side}_dim: {getattr(module, f'{side}_dim')} does not fit the {side} features; "

@@ -32,3 +32,7 @@ class MaskedWords(nn.Module):
         keep = labels != IGNORE_INDEX  # [B, L]
         logits = self.head(tokens.x[keep])  # [K, V]: only masked positions are projected to the vocabulary
         return Term(F.cross_entropy(logits.float(), labels[keep], reduction="sum"), self.count(labels))
+
+    def score(self, tokens: Tokens) -> Tensor:
+        """Return the logits [B, L, V] of the words at every place of fused tokens [B, L, D]."""
+        return self.head(tokens.x)

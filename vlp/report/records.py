@@ -107,6 +107,8 @@ class Row(NamedTuple):
     unit: str = ""
     higher_is_better: bool = True
     num: int | None = None  # how many things `raw` averages
+    low: float | None = None  # of the bootstrap interval over clips
+    high: float | None = None
 
 
 class Result(NamedTuple):
@@ -142,6 +144,7 @@ class Task(NamedTuple):
     title: str = ""
     rows: tuple[Row, ...] = ()
     examples: tuple[Example, ...] = ()
+    protocol: Mapping[str, object] | None = None  # the card of vlp.eval.scores, of what must be equal to compare
 
 
 class Evaluation(NamedTuple):

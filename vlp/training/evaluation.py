@@ -1,83 +1,151 @@
-"""Evaluation of the model in training: the tasks of the config, on each source's test split."""
+"""Evaluation of a model: the tasks of the config, on each source's test split, with a protocol card."""
 
+import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import av
+import torch
+from omegaconf import DictConfig
+from torch import nn
 
 from vlp import config, dist
 from vlp.data.datamodule import VideoTextData
+from vlp.data.splits import EvaluationSplits
 from vlp.eval.runner import EvalData, evaluate, flat_scores
 from vlp.forward import Graph
+from vlp.objectives.answers import AnswerClasses
+from vlp.objectives.choice import MultipleChoice
+from vlp.objectives.choice_matching import ChoiceMatching
+from vlp.objectives.masked_words import MaskedWords
 from vlp.objectives.matching import Matching
-from vlp.training.assemble import System
+from vlp.training.assemble import System, plain
 from vlp.training.module import Pretraining
 from vlp.types import Batch
 
+_LENDERS = (Matching, ChoiceMatching, AnswerClasses, MultipleChoice, MaskedWords)
+
 
 class Evaluator:
-    """Runs the tasks that this system can be asked, with the averaged weights where there are any."""
+    """Runs the tasks that this system can be asked.
+
+    Args:
+        system: what is evaluated. cfg: its config. data: the test splits. directory: of the run.
+        subject: what else a protocol card says of what is scored, such as the digest of its checkpoint.
+    """
 
     def __init__(
-        self, system: System, nodes: Mapping[str, Any], data: VideoTextData, *, batch_size: int, directory: Path
+        self,
+        system: System,
+        cfg: DictConfig,
+        data: VideoTextData | EvaluationSplits,
+        *,
+        directory: Path,
+        subject: Mapping[str, Any] = {},
     ) -> None:
-        self.data, self.batch_size, self.directory = data, batch_size, directory
+        self.cfg, self.data, self.directory, self.subject = cfg, data, directory, dict(subject)
         self.is_stopping: Callable[[], Any] = lambda: None
+        self.marks: dict[str, str] = {}  # source -> what sets its scores apart from a published protocol
         self.graph = Graph(system.model, fields=Batch._fields, views={})
+        nodes = plain(cfg.eval.tasks)
         self.tasks = {name: config.build(node, f"eval.tasks.{name}") for name, node in nodes.items() if node}
+        self.scorers: dict[str, Any] = {
+            name: part.score for name, part in system.objectives.items() if isinstance(part, _LENDERS)
+        }
         self.skipped = {
-            name: why for name, task in self.tasks.items() if (why := _why_not(task, self.graph, system.trained))
+            name: why
+            for name, task in self.tasks.items()
+            if (why := _why_not(task, self.graph, system.trained, self.scorers))
         }
         self.tasks = {name: task for name, task in self.tasks.items() if name not in self.skipped}
-        self.scorers: dict[str, Callable[..., Tensor]] = {
-            name: part.score for name, part in system.objectives.items() if isinstance(part, Matching)
-        }
 
     def __call__(self, module: Pretraining) -> dict[str, float]:
-        """Evaluate on every source; write `eval/`, return the scores to be logged."""
-        scores: dict[str, float] = {}
+        """Evaluate a module in training, with the averaged weights where there are any; return scores to be logged."""
         with module.alone():
-            for name in self.data.sources:
-                result = evaluate(
-                    module.model,
-                    self.graph,
-                    self.tasks,
-                    self.eval_data(name),
-                    step=module.cursor,
-                    out_dir=self.directory / "eval",
-                    device=module.device,
-                    scorers=self.scorers,
-                )
-                scores |= flat_scores(result)
+            return self.evaluate(module.model, step=module.cursor, device=module.device)
+
+    def evaluate(self, model: nn.Module, *, step: int, device: torch.device | str) -> dict[str, float]:
+        """Evaluate on every source; write `eval/` and `scores/`."""
+        scores: dict[str, float] = {}
+        for name in self.data.sources:
+            data = self.eval_data(name, step=step)
+            result = evaluate(
+                model,
+                self.graph,
+                self.tasks,
+                data,
+                step=step,
+                out_dir=self.directory / "eval",
+                device=device,
+                scorers=self.scorers,
+            )
+            scores |= flat_scores(result)
         return scores
 
-    def eval_data(self, name: str) -> EvalData:
+    def eval_data(self, name: str, *, step: int = 0) -> EvalData:
         """Return the test split of one source as the tasks want it."""
         data, reader, tokenizer = self.data, self.data.reader(name, "test"), self.data.tokenizer
         assert tokenizer.bos_id is not None
+        size = self.cfg.eval.batch_size
         return EvalData(
             source=name,
             split="test",
             trained_on_these=data.test_is_train(name),
-            batches=lambda: data.test_loader(
-                name, batch_size=self.batch_size, rank=dist.rank(), world_size=dist.world_size()
-            ),
+            batches=lambda: data.test_loader(name, batch_size=size, rank=dist.rank(), world_size=dist.world_size()),
             meta=reader.meta,
             key_of=reader.key_of,
-            encode=tokenizer.encode,
+            encode=partial(tokenizer.encode, multiple_of=tokenizer.max_length),  # one length, see vlp.eval.runner
             decode=tokenizer.decode,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            mask_id=tokenizer.mask_id,
             max_length=tokenizer.max_length,
             num_clips=len(reader),
-            batch_size=self.batch_size,
+            batch_size=size,
             is_stopping=self.is_stopping,
+            num_frames=reader.shape[0],
+            card={"protocol": self._protocol(reader.fingerprint, name), "subject": self._subject(step)},
+            embeddings=self.directory / "embeddings" / f"step-{step:06d}.{name}.safetensors",
         )
 
+    def _protocol(self, fingerprint: str, name: str) -> dict[str, Any]:
+        clip = self.cfg.clip
+        return {
+            "source": name,
+            "split": "test",
+            "split_hash": fingerprint,
+            "frames": clip.num_frames,
+            "sampling": plain(clip.sampling_test),
+            "crop": plain(clip.transforms_test),
+            "resolution": clip.size,
+            "short_side": clip.short_side,
+            "views": "one clip, one crop",
+            "decoder": f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}",
+            **({"mark": self.marks[name]} if name in self.marks else {}),
+        }
 
-def _why_not(task: Any, graph: Graph, trained: frozenset[str]) -> str:
+    def _subject(self, step: int) -> dict[str, Any]:
+        text = self.data.tokenizer.to_json().encode()
+        return {
+            "run": self.cfg.run.name,
+            "step": step,
+            "seed": self.cfg.run.seed,
+            "tokenizer": hashlib.sha256(text).hexdigest(),
+            "max_text_tokens": self.data.tokenizer.max_length,
+            "torch": torch.__version__,
+            "checkpoint": "in training",
+            **self.subject,
+        }
+
+
+def _why_not(task: Any, graph: Graph, trained: frozenset[str], scorers: Mapping[str, Any]) -> str:
     """Return why a task cannot be asked of this system, or ''."""
+    absent = sorted(set(task.borrows) - scorers.keys())
+    if absent:
+        return f"there is no objective '{absent[0]}'"
     try:
         used = {part for step in graph.plan(task.needs) for part in step.parts}
     except ValueError as error:

@@ -31,6 +31,7 @@ from vlp.training import (
     endings,
     environment,
     history,
+    init,
     optim,
     prepare,
     redact,
@@ -197,22 +198,6 @@ class Attempt:
             self._finish(code, status)
             return code
 
-    def evaluate_only(self) -> dict[str, float]:
-        """Score the newest checkpoint and rewrite the report.
-
-        Raises:
-            StopRun: there is no checkpoint.
-        """
-        self._open()
-        self._restore()
-        if not self.module.cursor:
-            raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{self.directory} holds no valid checkpoint; train the run first.")
-        assert self.module.stored is not None
-        state.fill(self.module, self.module.stored, averaged=True)
-        scores = self.evaluator(self.module)
-        write_report(self.directory)
-        return scores
-
     def _begin(self) -> None:
         """Open everything and continue from the newest checkpoint; a signal stops it at the next line."""
         if self.first:
@@ -228,13 +213,7 @@ class Attempt:
     def _open(self) -> None:
         self.data = self._data()
         self.module = self._module()
-        self.evaluator = Evaluator(
-            self.system,
-            plain(self.cfg.eval.tasks),
-            self.data,
-            batch_size=self.cfg.eval.batch_size,
-            directory=self.directory,
-        )
+        self.evaluator = Evaluator(self.system, self.cfg, self.data, directory=self.directory)
         self.evaluator.is_stopping = self.wish
 
     def _is_done(self) -> bool:
@@ -297,6 +276,7 @@ class Attempt:
             guard=self._guard(),
         )
         module.mark = self.watchdog.mark
+        self._start_from(module)
         try:
             optim.freeze(module, cfg.optim.freeze)
             optim.settings(module, layer_decay=recipe.layer_decay, lr_factors=recipe.lr_factors)
@@ -324,6 +304,16 @@ class Attempt:
             return None
         state.restore(module, module.update, module.ema, stored)
         return stored.facts
+
+    def _start_from(self, module: Pretraining) -> None:
+        """Take the weights of an earlier run, unless this run has weights of its own already."""
+        section = self.cfg.init
+        if section.run is None or checkpoint.all_steps(self.directory / "checkpoints"):
+            return
+        report = init.start_from(module, Path(section.run), skip=section.skip)
+        if self.first:
+            init.save(report, self.directory)
+            print(report.text(), flush=True)
 
     def _loader(self, start_step: int) -> Any:
         return self.data.train_loader(

@@ -1,5 +1,6 @@
 """What must be there before the first step: shards, a tokenizer, fitted codebooks. None of it inside a collective."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from vlp.data import storage
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import ShardsError
 from vlp.data.text import Tokenizer, load_tokenizer, train_tokenizer
+from vlp.training import init
 from vlp.training.assemble import build_part
 from vlp.training.exits import Exit, StopRun
 from vlp.types import Reason
@@ -66,7 +68,9 @@ def tokenizer(cfg: DictConfig, directory: Path, captions: Iterable[str]) -> Toke
     if name is None:
         path = directory / "tokenizer.json"
         with storage.locked(str(directory / "prepare.lock")):
-            if not path.exists():
+            if not path.exists() and cfg.init.run is not None:
+                _take_tokenizer(Path(cfg.init.run), path)
+            elif not path.exists():
                 train_tokenizer(captions, vocab_size=section.vocab_size, path=path)
         name = str(path)
     loaded = load_tokenizer(name, revision=section.revision, max_length=section.max_length)
@@ -81,6 +85,23 @@ def tokenizer(cfg: DictConfig, directory: Path, captions: Iterable[str]) -> Toke
     if wrong:
         raise config.ConfigError(wrong)
     return loaded
+
+
+def _take_tokenizer(source: Path, path: Path) -> None:
+    """Copy the vocabulary that goes with the weights this run starts with.
+
+    Raises:
+        config.ConfigError: it does not lie beside them; another vocabulary would make them noise.
+    """
+    found = init.tokenizer_of(source)
+    if found is None:
+        message = (
+            f"init.run: there is no tokenizer.json beside {source}; set tokenizer.name to the one it was trained with."
+        )
+        raise config.ConfigError([message])
+    unfinished = path.with_suffix(".part")
+    shutil.copyfile(found, unfinished)
+    unfinished.replace(path)
 
 
 def fit_parts(module: nn.Module, data: VideoTextData, directory: Path, *, seed: int, num_clips: int = 256) -> list[str]:

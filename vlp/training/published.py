@@ -260,7 +260,7 @@ _HF_RULES = (
     Rule(r"visual_projection\.weight", "model.video_projection.weight"),
     Rule(r"text_model\.(.*)", r"model.text_encoder.model.\1"),
     Rule(r"text_projection\.weight", "model.text_projection.weight"),
-    Rule(r"logit_scale", "model.temperature.value", lambda t: t.reshape(())),
+    Rule(r"logit_scale", "model.temperature.value", lambda t: t.reshape(1)),
 )
 
 HF_CLIP = Layout(
@@ -307,7 +307,7 @@ OPEN_CLIP = Layout(
         Rule(r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.*)", rf"{_TEXT_BLOCK}.\1.mlp.fc2.\2"),
         Rule(r"ln_final\.(.*)", r"model.text_encoder.model.final_layer_norm.\1"),
         Rule(r"text_projection", "model.text_projection.weight", _transposed),
-        Rule(r"logit_scale", "model.temperature.value", lambda t: t.reshape(())),
+        Rule(r"logit_scale", "model.temperature.value", lambda t: t.reshape(1)),
         Rule(r"(?:input_resolution|context_length|vocab_size|attn_mask)", None, reason=_BUFFER),
     ),
     (_split_text,),
