@@ -30,7 +30,7 @@ from vlp.training.ema import Ema
 from vlp.training.guard import Guard, NonFiniteError
 from vlp.training.precision import LossScale, Precision
 from vlp.training.strategy import update_of
-from vlp.training.update import Update, showing
+from vlp.training.update import PlainUpdate, Update, showing
 from vlp.training.whole_step import WholeStep
 from vlp.types import Term
 
@@ -169,14 +169,24 @@ class Pretraining(pl.LightningModule):
         Data parallelism lays out its buckets anew after the first backward pass, and the layout changes the last bits
         of sums over three ranks or more. Rehearsed at the start of every attempt, all steps have the same layout.
         """
-        assert self.update is not None
+        assert isinstance(self.update, PlainUpdate)
         buffers = {name: value.clone() for name, value in self.named_buffers()}
+        self.update.untouched = self.untouched(batch)
         self.differentiate(self.update, batch)
         for parameter in self.parameters():
             parameter.grad = None
         with torch.no_grad():
             for name, value in self.named_buffers():
                 value.copy_(buffers[name])
+
+    def untouched(self, batch: Any) -> list[nn.Parameter]:
+        """Return the trained parameters that no objective reaches: a matter of the config, so one look is enough."""
+        forward = ForwardPass(self.model, batch.batches[0], self.graph)
+        self.whole_step.prepare([forward], self.seed)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        loss = self(0, forward, global_counts(self.sum_counts([forward]))).loss
+        grads = torch.autograd.grad(loss, trained, allow_unused=True)  # past the hooks of data parallelism
+        return [parameter for parameter, grad in zip(trained, grads, strict=True) if grad is None]
 
     def seed(self, number: int) -> None:
         """Restart the random stream of this step's micro-batch `number` on this rank: dropout needs no history."""

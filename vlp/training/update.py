@@ -118,6 +118,7 @@ class PlainUpdate:
     ) -> None:
         self.wrapped, self.module, self.optimizer, self.scale = wrapped, module, optimizer, scale
         self.max_norm = max_norm or torch.inf
+        self.untouched: list[nn.Parameter] = []  # trained, but reached by no objective; data parallelism waits for them
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def micro(self, *, last: bool) -> AbstractContextManager:
@@ -132,7 +133,9 @@ class PlainUpdate:
         return self.wrapped(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the loss, times the scale."""
+        """Add the gradient of the loss, times the scale; zeros for what the loss does not reach."""
+        for parameter in self.untouched:
+            loss = loss + 0.0 * parameter.sum()
         (loss if self.scale is None else loss * self.scale.value).backward()
 
     @torch.no_grad()
