@@ -26,7 +26,7 @@ run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
   clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, compile: false, checkpoint_activations: false, num_threads: null, progress_bar: false}}
-clip: {{num_frames: 4, size: 8, short_side: 10, sampling_train: {PART}, sampling_test: {PART},
+clip: {{num_frames: 4, size: 8, short_side: 10, more_clips: 0, sampling_train: {PART}, sampling_test: {PART},
   transforms_train: [{PART}], transforms_test: []}}
 tokenizer: {{name: null, revision: null, vocab_size: 7, max_length: 5, pad_id: 0, bos_id: 2, eos_id: 3, mask_id: 4}}
 video: {{_target_: vlp.objectives.masked_words.MaskedWords, dim: 3, vocab_size: "${{tokenizer.vocab_size}}"}}
@@ -364,6 +364,7 @@ def test_references_that_lead_nowhere_are_refused(conf, reference):
         ("run.stop_after=0", "run.stop_after: 0 is not possible; it must be at least 1."),
         ("eval.every=-1", "eval.every: -1 is not possible; it must be at least 1."),
         ("data.num_workers=-1", "data.num_workers: -1 is not possible; it must be 0 or more."),
+        ("clip.more_clips=-1", "clip.more_clips: -1 is not possible; it must be 0 or more."),
         ("optim.lr=0.0", "optim.lr: 0.0 is not possible; it must be above 0."),
         ("optim.lr=nan", "optim.lr: nan is not possible; it must be above 0."),
         ("trainer.clip_grad_norm=0", "trainer.clip_grad_norm: 0 is not possible; it must be above 0."),

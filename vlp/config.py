@@ -85,6 +85,7 @@ class Clip:
     num_frames: int
     size: int  # pixels a side that the model sees
     short_side: int  # pixels to which the decoder scales the shorter side
+    more_clips: int  # other clips of each training sample, out of the same decode
     sampling_train: Node
     sampling_test: Node
     transforms_train: list[Node]
@@ -559,7 +560,7 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
         *(f"cluster.{key}" for key in ("nodes", "gpus_per_node", "cores_per_node", "num_clips")),
     ),
     ("0 or more", lambda value: value >= 0): (
-        *("trainer.max_skipped_steps", "data.num_workers", "optim.weight_decay"),
+        *("trainer.max_skipped_steps", "clip.more_clips", "data.num_workers", "optim.weight_decay"),
         *(f"cluster.{key}" for key in ("reserved_gib", "launch_us", "save_stall_s", "save_write_s", "restart_s")),
     ),
     ("above 0", lambda value: value > 0): (
