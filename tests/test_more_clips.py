@@ -15,6 +15,7 @@ from vlp.data.collate import collate
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import Clip as Other
 from vlp.data.fields import ClipReader, Clips, Sample, Shards
+from vlp.data.rng import generator
 from vlp.data.sampling import Fps, Segments
 from vlp.data.shards import Raw, write_shards
 from vlp.data.text import load_tokenizer, train_tokenizer
@@ -29,6 +30,7 @@ from vlp.types import Batch, Reason, nothing_more
 
 SECOND = ("clip.more_clips=1", "objective.contrastive.inputs.text=second_clip_embed")
 SHAPE = (3, 5, 7, 3)  # T H W 3
+TRAIN_CROP = RandomResizedCrop(size=24, scale_min=0.3)
 SAME_TIMES = Fps(num_frames=40, fps=30)  # every frame: no phase is left to draw
 
 
@@ -48,8 +50,7 @@ def words(tmp_path_factory):
 
 
 def reader(shards, num_more: int, *, seed: int = 1, sampling=None, transforms=None, side: int = 32) -> ClipReader:
-    crop = [RandomResizedCrop(size=24, scale_min=0.3)] if transforms is None else transforms
-    clips = Clips(sampling or Segments(num_frames=4), crop, side, num_more)
+    clips = Clips(sampling or Segments(num_frames=4), transforms or [TRAIN_CROP], side, num_more)
     return ClipReader(shards, clips=clips, seed=seed, source=0, train=True)
 
 
@@ -90,6 +91,16 @@ def test_one_decode_serves_all_clips_and_the_first_is_what_it_was(shards, monkey
         np.testing.assert_array_equal(one.frames, other.frames)
         np.testing.assert_array_equal(one.times_s, other.times_s)
         assert (one.texts, one.key) == (other.texts, other.key) and len(other.more) == num_more
+
+
+def test_first_clip_keeps_its_plain_streams_and_tests_bring_no_other(shards):
+    samples = reader(shards, 2)
+    times_s = Segments(num_frames=4)(40 / 30, 30, generator(samples.read(1, 0).key, "times"))
+    np.testing.assert_allclose(samples.read(1, 0).times_s, np.floor(times_s * 30) / 30, atol=1e-6)
+    crop = TRAIN_CROP.box(32, 48, generator(7, "crop"))
+    drawn = samples.clips._replace(transforms=[lambda frames, rng: crop == TRAIN_CROP.box(32, 48, rng)])
+    assert drawn.transformed(np.zeros(1), 7)
+    assert ClipReader(shards, clips=samples.clips, seed=1, source=0, train=False).read(1, 0).more == ()
 
 
 def test_each_clip_holds_the_frames_of_its_own_times(shards):
