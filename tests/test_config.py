@@ -25,7 +25,8 @@ logger: {{}}
 run: {{name: run, seed: 0, tiny: false, resume: true, stop_after: null}}
 trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devices: 1, num_nodes: 1, log_every: 1,
   clip_grad_norm: 1.0, nan_policy: stop, max_skipped_steps: 0, bad_sample_budget: 0.1, checkpoint_every: 1,
-  keep_checkpoints: 2, compile: false, checkpoint_activations: false, num_threads: null, progress_bar: false}}
+  keep_checkpoints: 2, checkpoint_async: true, compile: false,
+  checkpoint_activations: false, num_threads: null, progress_bar: false}}
 clip: {{num_frames: 4, size: 8, short_side: 10, more_clips: 0, sampling_train: {PART}, sampling_test: {PART},
   transforms_train: [{PART}], transforms_test: []}}
 tokenizer: {{name: null, revision: null, vocab_size: 7, max_length: 5, pad_id: 0, bos_id: 2, eos_id: 3, mask_id: 4}}

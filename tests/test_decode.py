@@ -1,6 +1,7 @@
 """Decoding against an independent full decode of the same real files; frames are recognised by their barcode."""
 
 import contextlib
+import gc
 import io
 import itertools
 import pathlib
@@ -92,21 +93,21 @@ def made(name: str) -> bytes:
     return (PLANNED | IN_FULL)[name]()
 
 
-def full_decode(data: bytes, short_side: int) -> tuple[np.ndarray, np.ndarray]:
+def full_decode(data: bytes, short_side: int, *, timed: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Decode and scale every frame; return (times_s from the first, frames [T, H, W, 3])."""
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
-        frames = sorted(container.decode(stream), key=lambda frame: frame.pts)
+        frames = sorted(container.decode(stream), key=lambda frame: frame.pts if timed else 0)  # a stable sort
         tick_s = float(stream.time_base)
     ratio = short_side / min(frames[0].width, frames[0].height)
     size = round(frames[0].width * ratio), round(frames[0].height * ratio)
-    scaled = [f.reformat(*size, format="rgb24", interpolation="AREA", threads=1).to_ndarray() for f in frames]
+    scaled = [f.reformat(*size, format="gbrp", interpolation="AREA", threads=1).to_ndarray() for f in frames]
     turned = [np.rot90(image, frame.rotation // 90) for image, frame in zip(scaled, frames, strict=True)]
     return np.array([(frame.pts - frames[0].pts) * tick_s for frame in frames]), np.stack(turned)
 
 
-def displayed(starts_s: np.ndarray, times_s: np.ndarray) -> list[int]:
-    return [max([i for i, start_s in enumerate(starts_s) if start_s <= time_s + 1e-5], default=0) for time_s in times_s]
+def displayed(starts_s: np.ndarray, times_s: np.ndarray, *, late_s: float = 1e-5) -> list[int]:
+    return [max([i for i, begin in enumerate(starts_s) if begin <= time_s + late_s], default=0) for time_s in times_s]
 
 
 def key_table(data: bytes) -> np.ndarray:
@@ -326,6 +327,13 @@ def test_mirrors_of_the_display_matrix_are_applied(matrix, expected):
     np.testing.assert_array_equal(mirrored, expected(upright))
 
 
+def test_frames_of_different_shapes_are_refused(monkeypatch):
+    turns = itertools.cycle([lambda image: image, lambda image: image.transpose(1, 0, 2)])
+    monkeypatch.setattr(module, "_upright", lambda image, frame: next(turns)(image))
+    with pytest.raises(DecodeError, match=r"video_broken \(a frame of \(60, 40, 3\), others of \(40, 60, 3\)\)"):
+        decode(made("b_frames"), np.array([0.1, 1.4]), short_side=40)
+
+
 @pytest.mark.parametrize(
     ("name", "short_side", "shape"),
     [
@@ -524,6 +532,18 @@ def test_workers_decode_what_this_process_decodes(start):
 def test_error_survives_the_way_out_of_a_worker():
     error = pickle.loads(pickle.dumps(DecodeError(Reason.CODEC_REFUSED, "ffv1")))
     assert error.reason == Reason.CODEC_REFUSED and str(error) == "codec_refused (ffv1)"
+
+
+@pytest.mark.parametrize("name", ["b_frames", "rotated", "avi"])
+def test_nothing_waits_for_the_garbage_collector(name):
+    decode(made(name), np.array([0.1, 0.5]), short_side=40)
+    gc.collect()
+    gc.disable()
+    try:
+        decode(made(name), np.array([0.1, 0.5]), short_side=40)
+        assert gc.collect() == 0  # a cycle would keep whole frames
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

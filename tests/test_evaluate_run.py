@@ -53,7 +53,7 @@ def test_mistakes_are_one_line_each_and_exit_78(run, capsys, words, line):
 def test_a_run_without_a_checkpoint_is_refused(run, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     assert evaluate_run.main([f"run={tmp_path}"]) == Exit.NO_VALID_CHECKPOINT
-    assert "train the run first" in capsys.readouterr().err
+    assert "holds no valid checkpoint, but config.yaml is there" in capsys.readouterr().err
 
 
 def test_plan_shows_parts_and_calls_without_data(capsys):

@@ -17,6 +17,7 @@ TABLE = {
     "dist": set(),
     "hints": set(),
     "config": {"hints"},
+    "sweep": {"config"},
     "forward": {"types", "ops"},
     "views": {"types", "ops", "dist"},
     "layers": {"types", "ops"},
@@ -36,7 +37,8 @@ TABLE["planning"] = {"types", "config", "layers", "forward", "objectives", "trai
 # Packages from outside that only these parts may import: each is heavy, or opens what the rest must not.
 ONLY_IN = {
     "pytorch_lightning": {"training"},
-    "hydra": {"config"},
+    "lightning_fabric": {"training"},
+    "hydra": {"config", "sweep"},
     "omegaconf": {"config", "training", "inference", "planning"},
     "timm": {"encoders"},
     "transformers": {"encoders", "data"},

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from vlp.training import launch
+from vlp.training import checkpoint, launch
 
 WORLD = ("data.sources.world.num_train=16", "data.sources.world.num_test=6")
 
@@ -23,4 +22,5 @@ def train(place: Path, name: str, *more: str) -> int:
 
 def weights(place: Path, name: str, step: int) -> dict[str, Tensor]:
     """The weights of a checkpoint."""
-    return load_file(place / "runs" / name / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    path = place / "runs" / name / "checkpoints" / f"step-{step:08d}"
+    return checkpoint.open_checkpoint(path).under("model")

@@ -74,6 +74,7 @@ class Trainer:
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    checkpoint_async: bool  # write checkpoints in the background, from a copy in CPU memory
     compile: bool  # torch.compile of each transformer block
     checkpoint_activations: bool
     num_threads: int | None

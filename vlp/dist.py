@@ -3,6 +3,7 @@
 Axes: B clips of a rank, W ranks.
 """
 
+import json
 from typing import Any
 
 import torch
@@ -86,6 +87,39 @@ def max_over_ranks(x: Tensor) -> Tensor:
     largest = x.detach().clone()
     torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
     return largest
+
+
+def exchange(value: Any, group: Any) -> list[Any]:
+    """Return the JSON values of all ranks in rank order.
+
+    Args:
+        value: what JSON can hold. group: from `side_group`, None on one process.
+    """
+    if group is None:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    torch_dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
+    longest = max(int(size) for size in sizes)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    torch_dist.all_gather(texts, F.pad(text, (0, longest - len(text))), group=group)
+    return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, sizes, strict=True)]
+
+
+_side: tuple[Any, Any] = (None, None)  # the world and the group that was made in it
+
+
+def side_group() -> Any:
+    """Return a gloo group of all ranks that training does not use, so that other threads may; None on one process.
+
+    The first call in a process group is collective.
+    """
+    global _side
+    if world_size() == 1:
+        return None
+    if _side[0] is not torch_dist.group.WORLD:
+        _side = (torch_dist.group.WORLD, torch_dist.new_group(backend="gloo"))
+    return _side[1]
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

@@ -17,7 +17,7 @@ from vlp.data.decode import DecodeError, decode
 from vlp.data.probe import ProbeError, probe
 from vlp.data.text import Tokenizer
 from vlp.forward import ForwardPass, Graph
-from vlp.training import checkpoint, prepare
+from vlp.training import checkpoint, prepare, state
 from vlp.training.assemble import assemble
 from vlp.types import Batch, nothing_more
 
@@ -35,15 +35,14 @@ class Loaded:
     def __init__(self, run: Path) -> None:
         if not (run / "config.yaml").exists():
             raise ValueError(f"{run}: there is no run here (no config.yaml); train one, or name another directory.")
-        path, refused = checkpoint.newest_valid(run / "checkpoints")
-        if path is None:
+        stored, refused = checkpoint.newest_valid(run / "checkpoints")
+        if stored is None:
             raise ValueError(f"{run}: there is no valid checkpoint {refused or ''}; train the run further.")
         self.cfg = DictConfig(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
         messages = config.check(self.cfg)  # the file may come from a stranger: it is data, checked like any config
         if messages:
             raise ValueError(f"{run / 'config.yaml'}: {'; '.join(messages)}")
-        self.state = checkpoint.load(path)
-        self.model = self._model()
+        self.model = self._model(stored)
         self.tokenizer: Tokenizer = prepare.tokenizer(self.cfg, run, ())
         self.graph = Graph(self.model, fields=Batch._fields, views={})
 
@@ -68,13 +67,13 @@ class Loaded:
         scores = embeds @ self.embed_text(texts).T
         return scores[0] if single else scores
 
-    def _model(self) -> nn.Module:
+    def _model(self, stored: checkpoint.Stored) -> nn.Module:
         system = assemble(self.cfg)
         trained = nn.ModuleDict({"model": system.model, "objectives": nn.ModuleDict(system.objectives)})
-        checkpoint.load_module(trained, self.state.model)
+        state.load_module(trained, stored.under("model"))
         parameters = dict(trained.named_parameters())
         with torch.no_grad():
-            for name, value in self.state.ema.items():
+            for name, value in stored.under("ema").items():
                 parameters[name].copy_(value)
         return system.model.eval()
 

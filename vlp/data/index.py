@@ -59,10 +59,9 @@ class ShardIndex:
 
     def part(self, row: int, name: str) -> Part | None:
         """Return where the part "video", "txt" or "json" of a sample lies, None if it has none."""
-        at = (row, PARTS.index(name))
-        if self.columns["part_size"][at] < 0:
-            return None
-        return Part(*(int(self.columns[column][at]) for column in ("part_offset", "part_size", "part_crc")))
+        at, c = (row, PARTS.index(name)), self.columns
+        size = int(c["part_size"][at])
+        return Part(int(c["part_offset"][at]), size, int(c["part_crc"][at])) if size >= 0 else None
 
     def extension(self, row: int) -> str:
         """Return the lower-case extension of the video part, "" if there is none."""

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,13 +22,13 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint '{path}' does not exist; give the path of a local .safetensors or .pth file.")
-    if path.endswith(".safetensors"):
-        content = load_file(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"checkpoint '{path}' holds more than tensors; convert it to safetensors.") from error
+    try:
+        is_safe = path.endswith(".safetensors")
+        content = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint '{path}' holds more than tensors; convert it to safetensors.") from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint '{path}' cannot be read ({str(error).splitlines()[0]}).") from error
     for nest in _NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]

@@ -8,6 +8,7 @@ Axes: T frames, H W pixels.
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,14 @@ def write_once(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file such that a reader, or a restart, sees the old or the new content and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file such that a reader, or a restart, sees the old or the new content and nothing between.
+
+    A disk that refuses costs a warning and the file: the other ranks wait for this one.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror}).", file=sys.stderr)

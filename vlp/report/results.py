@@ -47,7 +47,7 @@ def banners(files: RunFiles) -> list[Banner]:
 
 def _status_banner(run: Run) -> Iterator[Banner]:
     where = f"at step {words.count(run.step)} of {words.count(run.max_steps)}"
-    code = "" if run.exit_code is None else f"Exit code {run.exit_code}: {_exit_words(run.exit_code)}. "
+    code = "" if run.exit_code is None else f"Exit code {run.exit_code}: {words.ending(run.exit_code)}. "
     if run.status == "failed":
         yield Banner("bad", f"This run failed {where}.", f"{code}All numbers below are from before that.")
     elif run.status == "preempted":
@@ -57,10 +57,6 @@ def _status_banner(run: Run) -> Iterator[Banner]:
         yield Banner("info", f"This run was {where} when the report was written.", "The numbers below will change.")
     elif run.status != "finished":
         yield Banner("warn", "It is not known how this run ended.", "run.json does not say it.", "notes")
-
-
-def _exit_words(code: int) -> str:
-    return words.EXIT_CODES.get(code, f"stopped by signal {code - 128}" if code > 128 else "not a code of vlp")
 
 
 def _test_banner(files: RunFiles) -> Iterator[Banner]:

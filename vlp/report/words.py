@@ -51,6 +51,14 @@ EXIT_CODES = {
 }
 
 
+def ending(code: int) -> str:
+    """Return what an exit code means; shells report signal N as 128 + N, Python as -N."""
+    number = -code if code < 0 else code - 128
+    if code not in EXIT_CODES and 0 < number < 65:
+        return f"stopped by signal {number}"
+    return EXIT_CODES.get(code, "not a code of vlp")
+
+
 def reason(name: str) -> tuple[str, str]:
     """Return what a `Reason` name in any case means, and what to do; unknown names come back as they are."""
     member = Reason.__members__.get(name.upper())

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from vlp import dist
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import Pretraining
+from vlp.training.saver import Saver
 from vlp.types import Reason
 
 
@@ -136,6 +137,32 @@ class MetricsLog(pl.Callback):
         if temperature is not None:
             values["train/logit_scale"] = float(temperature().detach())
         return values
+
+
+class Saving(pl.Callback):
+    """Looks at a save in flight after every step, and waits for the last one.
+
+    Args:
+        saver: of the run. log: (trainer, step, values) -> None, of the seconds that a commit took.
+    """
+
+    def __init__(self, saver: Saver, log: Callable[[Any, int, Mapping[str, float]], None]) -> None:
+        self.saver, self.write = saver, log
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Notice a commit or a failure, on all ranks at the same step."""
+        self.saver.poll()
+        self._log(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training is not over before its last checkpoint is durable."""
+        self.saver.finish()
+        self._log(trainer, pl_module)
+
+    def _log(self, trainer: Any, pl_module: Any) -> None:
+        times, self.saver.times = self.saver.times, {}
+        if times:
+            self.write(trainer, pl_module.cursor, times)
 
 
 class Bar(pl.Callback):

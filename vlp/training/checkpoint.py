@@ -1,196 +1,265 @@
 """Checkpoints: one fresh directory a step, complete or not there at all, and nothing in it that unpickles.
 
     checkpoints/step-00000600/
-        model.safetensors       weights and buffers of the model and of the objectives
-        optimizer.safetensors   moments by parameter name ("exp_avg/model.text_encoder...")
-        ema.safetensors         only with optim.ema_decay
-        state.json              step, cursor, config, fingerprints
-        manifest.json           size and sha256 of the files above; written last: its presence is the commit
+        tensors-00000-of-00004.safetensors   what rank 0 of 4 wrote, under the keys "model/NAME",
+                                             "optimizer/KIND/NAME" and "ema/NAME"; each key is in one file
+        state.json                           step, cursor, config, fingerprints
+        manifest.json                        size and digests of the files above, and the file of each key; written
+                                             last: its presence is the commit
 
-Files are written in a directory of a temporary name, synced, and renamed; the parent is synced; old ones go last, by a
-rename first, so that a name is complete or gone. A repeated step keeps its old directory as `-replaced` meanwhile.
+All ranks write into one directory of a temporary name that rank 0 makes up for each attempt, and force their file to
+the disk; rank 0 gathers the digests, writes the manifest, renames, forces the parent, and deletes old checkpoints last:
+by a rename first, so that a name is complete or gone. A repeated step keeps its old directory as `-replaced` meanwhile.
+What happens on one rank happens on all: an error anywhere is raised everywhere, and nothing old is touched.
 """
 
-import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-FORMAT = 1
+from vlp import dist
+from vlp.training import tensor_file
+from vlp.training.tensor_file import Mapped
+
+FORMAT = 2
 _REPLACED = "-replaced"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class State(NamedTuple):
-    """What a checkpoint holds."""
+    """What one rank gives to a checkpoint."""
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    facts: dict[str, Any]  # JSON
+    tensors: Mapping[str, Tensor]  # by key; each key is given by exactly one rank
+    facts: dict[str, Any]  # JSON; those of rank 0 are stored
+
+
+class Stored:
+    """A checkpoint whose digests agree, read through memory maps: only what is asked for is touched.
+
+    `facts` is what the run stored beside the tensors.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], files: Mapping[str, Mapped]) -> None:
+        self.path, self.step, self._owners = path, int(manifest["step"]), dict(manifest["keys"])
+        self.facts: dict[str, Any] = json.loads(bytes(files["state.json"].bytes))
+        self._files = files
+        self._places = {name: file.places() for name, file in files.items() if name.endswith(".safetensors")}
+        found = [key for table in self._places.values() for key in table]
+        if len(found) != len(self._owners) or any(key not in self._places[name] for key, name in self._owners.items()):
+            raise ValueError("manifest.json and the headers of the files list other tensors")
+
+    def keys(self) -> list[str]:
+        """Return the keys of all files, sorted."""
+        return sorted(self._owners)
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor that lies in the file until it is written to or copied."""
+        name = self._owners[key]
+        return self._files[name].tensor(self._places[name][key])
+
+    def under(self, kind: str) -> dict[str, Tensor]:
+        """Return the tensors whose keys begin with "kind/", without it."""
+        start = f"{kind}/"
+        return {key.removeprefix(start): self.get(key) for key in self.keys() if key.startswith(start)}
 
 
 def save(root: Path, *, step: int, state: State, keep: int) -> Path:
     """Commit a checkpoint and delete the oldest beyond `keep`, but none before two newer ones are known to be valid.
 
+    All ranks call it; on one process it is no collective.
+
     Raises:
-        OSError: the disk refused; the older checkpoints are untouched.
+        OSError: the disk refused, on any rank; the older checkpoints are untouched.
+        ValueError: a key that two ranks give.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    final, temporary = root / f"step-{step:08d}", root / f".writing-{step:08d}-{os.getpid()}"
-    _sweep(root)
-    temporary.mkdir()
-    for name in ("model", "optimizer", "ema"):
-        tensors = getattr(state, name)
-        if tensors:
-            save_file(
-                {key: t.detach().contiguous().cpu() for key, t in tensors.items()}, temporary / f"{name}.safetensors"
-            )
-    (temporary / "state.json").write_text(json.dumps(state.facts, indent=1), encoding="utf-8")
-    files = {path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in sorted(temporary.iterdir())}
-    for name in files:
-        _sync(temporary / name)
-    manifest = temporary / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
-    _sync(manifest)
-    _sync(temporary)
-    if final.exists():  # the same step of an attempt that was repeated
-        final.rename(root / f"{final.name}{_REPLACED}")
-    temporary.rename(final)
-    _sync(root)
-    _sweep(root)
-    _prune(root, keep, newest=final)
+    ranks = Ranks()
+    final = root / f"step-{step:08d}"
+    temporary = root / str(ranks.first(lambda: _begin(root, step)))
+    try:
+        written = ranks.each(lambda: _write_share(temporary, state.tensors, ranks))
+        files = {share["name"]: share["entry"] for share in written}
+        manifest = {"format": FORMAT, "step": step, "chunk_bytes": tensor_file.CHUNK, "files": files}
+        manifest["keys"] = _owners(written)
+        ranks.first(lambda: _commit(temporary, final, manifest, state.facts))
+    except Exception:
+        ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise
+    try:
+        _tidy(root, keep, ranks, newest=final)
+    except OSError as error:  # the new checkpoint stands all the same
+        _report(error)
     return final
+
+
+class Ranks:
+    """All ranks doing one thing after the other, or failing together."""
+
+    def __init__(self) -> None:
+        self.group = dist.side_group()
+        self.rank, self.size = dist.rank(), dist.world_size()
+
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """Run `work` on every rank and return what each gave, which must be JSON.
+
+        Raises:
+            OSError: it failed so on a rank.
+            RuntimeError: it failed in another way on another rank; the error itself where it failed.
+        """
+        own, value, problem = None, None, None
+        try:
+            value = work()
+        except Exception as error:  # the others wait for this rank: they must hear of it, whatever it is
+            own, problem = error, _told(error)
+        answers = dist.exchange([value, problem], self.group)
+        problems = [(rank, told) for rank, (_, told) in enumerate(answers) if told]
+        if own is not None and (self.size == 1 or not isinstance(own, OSError)):
+            raise own
+        if problems:
+            rank, (number, text) = problems[0]
+            raise OSError(number, f"rank {rank}: {text}") if number else RuntimeError(f"rank {rank}: {text}")
+        return [answer for answer, _ in answers]
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 and return what it gave."""
+        return self.each(lambda: work() if self.rank == 0 else None)[0]
 
 
 def all_steps(root: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first, by step and never by time."""
-    return sorted(path for path in root.glob("step-*") if (path / "manifest.json").exists())
+    found = (path for path in root.glob("step-*") if (path / "manifest.json").exists())
+    return sorted(found, key=lambda path: (path.name.removesuffix(_REPLACED), not path.name.endswith(_REPLACED)))
 
 
-def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose digests agree, and one line for each newer one that was refused."""
-    refused = []
-    for path in reversed(all_steps(root)):
-        problem = _damage(path)
-        if problem is None:
-            return path, refused
-        refused.append(f"{path.name}: {problem}")
+def newest_valid(root: Path) -> tuple[Stored | None, list[str]]:
+    """Return the newest checkpoint whose digests agree, and one line for each newer one that was refused.
+
+    All ranks call it, if there are several by now.
+    """
+    ranks, refused = Ranks(), []
+    for name in ranks.first(lambda: [path.name for path in reversed(all_steps(root))]):
+        stored = _verified(root / name, ranks)
+        if isinstance(stored, Stored):
+            return stored, refused
+        refused.append(f"{name}: {stored}")
     return None, refused
 
 
-def load(path: Path) -> State:
-    """Read a checkpoint.
+def open_checkpoint(path: Path) -> Stored:
+    """Verify a checkpoint, each rank a share of it, and open it.
 
     Raises:
-        ValueError: damaged, or of an unknown format.
+        ValueError: damaged, or of an unknown format; on all ranks alike.
     """
-    problem = _damage(path)
-    if problem is not None:
-        raise ValueError(f"checkpoint {path}: {problem}; choose another step.")
-    files = [path / f"{name}.safetensors" for name in ("model", "optimizer", "ema")]
+    stored = _verified(path, Ranks())
+    if isinstance(stored, str):
+        raise ValueError(f"checkpoint {path}: {stored}; choose another step.")
+    return stored
+
+
+def _begin(root: Path, step: int) -> str:
+    if not root.exists():
+        root.mkdir(mode=0o750, parents=True)
+        _sync(root.parent)
     try:
-        tensors = {file.stem: load_file(file) if file.exists() else {} for file in files}
-        return State(**tensors, facts=json.loads((path / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {path}: cannot be read ({error}); choose another step.") from None
+        _sweep(root)
+    except OSError as error:
+        _report(error)
+    name = f".writing-{step:08d}-{secrets.token_hex(4)}"
+    (root / name).mkdir(mode=0o750)
+    return name
 
 
-def module_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return weights and buffers; a tensor that two names share is stored once, under its first name."""
-    seen: set[tuple] = set()
-    state = {}
-    for name, tensor in module.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place in seen and tensor.numel():
-            continue
-        seen.add(place)
-        state[name] = tensor
-    return state
+def _write_share(directory: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:
+    name = f"tensors-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+    return {"name": name, "entry": tensor_file.write(directory / name, tensors), "keys": sorted(tensors)}
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill weights and buffers; every tensor of the module must be there, and no other.
-
-    Raises:
-        ValueError: missing or unknown names, or other shapes.
-    """
-    own = module_state(module)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if missing or unknown or shapes:
-        raise ValueError(
-            f"the checkpoint does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}, other shape "
-            f"{shapes[:3]} ({len(missing)}, {len(unknown)}, {len(shapes)} in all); use the config it was made with."
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write what rank 0 writes, the manifest last, and give the directory its name."""
+    files = manifest["files"]
+    for name, entry in files.items():
+        if not (temporary / name).is_file() or (temporary / name).stat().st_size != entry["size"]:
+            raise OSError(f"{name} is not whole where rank 0 looks; all nodes must share the run directory.")
+    text = json.dumps(facts, indent=1, ensure_ascii=False).encode()
+    files["state.json"] = tensor_file.write_bytes(temporary / "state.json", [text])
+    tensor_file.write_bytes(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+    _sync(temporary)
+    if final.exists():  # the same step of an attempt that was repeated
+        final.rename(final.with_name(f"{final.name}{_REPLACED}"))
+    temporary.rename(final)
+    _sync(final.parent)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state tensors by "kind/parameter name"."""
-    return {
-        f"{kind}/{name}": value
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
+def _owners(written: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the file of each key."""
+    owners: dict[str, str] = {}
+    for share in written:
+        for key in share["keys"]:
+            if key in owners:
+                raise ValueError(f"'{key}' is in {owners[key]} and in {share['name']}; one rank alone may give it.")
+            owners[key] = share["name"]
+    return owners
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the optimizer's state from `optimizer_state`.
+def _verified(path: Path, ranks: Ranks) -> Stored | str:
+    """Return the opened checkpoint, or what is wrong with it; the same on all ranks."""
+    opened: Stored | None = None
 
-    Raises:
-        ValueError: a tensor that belongs to no trained parameter, or a trained parameter without any.
-    """
-    owners = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if name not in owners:
-            raise ValueError(
-                f"the checkpoint has optimizer state for '{name}', which is not trained; freeze the same parts."
-            )
-        optimizer.state[owners[name]][kind] = value.clone().to(owners[name].device)  # fused AdamW counts there as well
-    bare = sorted(name for name, parameter in owners.items() if tensors and not optimizer.state.get(parameter))
-    if bare:
-        raise ValueError(
-            f"the checkpoint has no optimizer state for '{bare[0]}', which is trained; freeze it as before."
-        )
+    def check() -> str | None:
+        nonlocal opened
+        problem, manifest, files = None, {}, {}
+        try:
+            manifest = _manifest(path)
+            for name in manifest["files"]:
+                files[name] = Mapped(path / name)
+            problem = _damage(manifest, files, ranks)
+            opened = Stored(path, manifest, files) if problem is None else None
+        except FileNotFoundError as error:
+            problem = f"{Path(error.filename).name} is missing"
+        except _UNREADABLE as error:
+            problem = f"{'manifest.json' if not files else 'it'} cannot be read ({error})"
+        return problem
+
+    problem = next((answer for answer in ranks.each(check) if answer), None)
+    return problem or opened or "it cannot be read"
 
 
-def _damage(path: Path) -> str | None:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, this version reads {FORMAT}"
-        unlisted = sorted({file.name for file in path.iterdir()} - manifest["files"].keys() - {"manifest.json"})
-        if unlisted:
-            return f"{unlisted[0]} is not in manifest.json"
-        for name, facts in manifest["files"].items():
-            if not (path / name).exists():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != facts["size"] or _digest(path / name) != facts["sha256"]:
-                return f"{name} differs from its digest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"manifest.json cannot be read ({error})"
+def _manifest(path: Path) -> dict[str, Any]:
+    manifest = json.loads(bytes(Mapped(path / "manifest.json").bytes))
+    if manifest["format"] != FORMAT or manifest["chunk_bytes"] != tensor_file.CHUNK:
+        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+    if any(name != Path(name).name for name in manifest["files"]):
+        raise ValueError("it names a file outside the checkpoint")
+    unlisted = sorted({file.name for file in path.iterdir()} - manifest["files"].keys() - {"manifest.json"})
+    if unlisted:
+        raise ValueError(f"{unlisted[0]} is not in it")
+    return manifest
+
+
+def _damage(manifest: Mapping[str, Any], files: Mapping[str, Mapped], ranks: Ranks) -> str | None:
+    """Compare this rank's share of all chunks with their digests."""
+    turn = 0
+    for name, file in files.items():
+        chunks = range(tensor_file.num_chunks(file.size))
+        mine = [chunk for chunk in chunks if (turn + chunk) % ranks.size == ranks.rank]
+        if file.differs(manifest["files"][name], mine):
+            return f"{name} differs from its digest"
+        turn += len(chunks)
     return None
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _told(error: Exception) -> tuple[int, str]:
+    """Return the number of a disk's error, else 0, and its text."""
+    if isinstance(error, OSError):
+        return error.errno or 5, f"{error.strerror or error} {error.filename or ''}".strip()
+    return 0, f"{type(error).__name__}: {error}"
 
 
 def _sync(path: Path) -> None:
@@ -210,14 +279,21 @@ def _sweep(root: Path) -> None:
             _delete(path)
 
 
-def _prune(root: Path, keep: int, *, newest: Path) -> None:
+def _tidy(root: Path, keep: int, ranks: Ranks, *, newest: Path) -> None:
     """Delete all but the `keep` newest checkpoints, and keep more where two of those are not valid."""
-    num_valid = 0
-    for place, path in enumerate(reversed(all_steps(root))):
+    ranks.first(lambda: _sweep(root))
+    num_valid = 0  # `newest` counts: its digests are those of the memory that was written
+    names = ranks.first(lambda: [path.name for path in reversed(all_steps(root))])
+    for place, name in enumerate(names):
         if place >= keep and num_valid == 2:
-            _delete(path)
-        elif num_valid < 2 and (path == newest or _damage(path) is None):  # `newest` was just read back
+            ranks.first(lambda name=name: _delete(root / name))
+        elif num_valid < 2 and (name == newest.name or isinstance(_verified(root / name, ranks), Stored)):
             num_valid += 1
+
+
+def _report(error: OSError) -> None:
+    if dist.rank() == 0:
+        print(f"warning: old checkpoints cannot be deleted: {error}", file=sys.stderr, flush=True)
 
 
 def _delete(path: Path) -> None:

@@ -1,5 +1,6 @@
 """One run from its config to its report: the order of things, and the exit code of each way to end."""
 
+import copy
 import datetime
 import logging
 import sys
@@ -15,14 +16,25 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vlp import config, dist
+from vlp import config, dist, sweep
 from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, optim, prepare, run_dir, summary
+from vlp.training import (
+    checkpoint,
+    cluster,
+    environment,
+    optim,
+    prepare,
+    run_dir,
+    state,
+    streams,
+    summary,
+    sweep_run,
+)
 from vlp.training.assemble import System, assemble, plain
 from vlp.training.callbacks import (
     Bar,
@@ -32,6 +44,7 @@ from vlp.training.callbacks import (
     Evaluation,
     MetricsLog,
     NonFiniteNotes,
+    Saving,
     write_note,
 )
 from vlp.training.ema import Ema
@@ -39,18 +52,23 @@ from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import NonFiniteLossError, Pretraining, Recipe
+from vlp.training.saver import Saver
+from vlp.training.traces import refuse_silent_start
 
 
 def main(overrides: Sequence[str]) -> int:
     """Train what the command line describes; print one line for each of the user's mistakes; return the exit code."""
     quiet()
-    return reported(lambda: train(config.load(overrides)))
+    with streams.tolerant():
+        if sweep.is_asked(overrides):
+            return sweep_run.main(overrides)
+        return reported(lambda: train(config.load(overrides)))
 
 
 def quiet() -> None:
     """Keep the greetings and tips of libraries off the screen; their errors still show."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 
 def train(cfg: DictConfig) -> int:
@@ -60,6 +78,8 @@ def train(cfg: DictConfig) -> int:
         config.ConfigError: the parts do not fit together, or the data cannot serve the config.
         StopRun: the run directory is refused.
     """
+    directory = Path(cfg.paths.runs) / cfg.run.name
+    run_dir.create(directory)  # before anything that takes long
     torch.manual_seed(cfg.run.seed)  # the initial weights; every step seeds itself
     system = assemble(cfg)
     if cfg.trainer.checkpoint_activations:
@@ -67,8 +87,6 @@ def train(cfg: DictConfig) -> int:
     if cfg.trainer.compile:
         for block in blocks_of(system.model):
             block.compile()
-    directory = Path(cfg.paths.runs) / cfg.run.name
-    run_dir.create(directory)
     first = environment.is_first_process()
     with run_dir.locked(directory) if first else nullcontext():
         return Attempt(cfg, system, directory, first=first).run()
@@ -95,10 +113,16 @@ class Attempt:
     def __init__(self, cfg: DictConfig, system: System, directory: Path, *, first: bool) -> None:
         self.cfg, self.system, self.directory, self.first = cfg, system, directory, first
         self.started = time.monotonic()
+        self.plugins = cluster.plugins(cfg)
         if cfg.trainer.num_threads is not None:
             torch.set_num_threads(cfg.trainer.num_threads)
         run_dir.refuse_other_config(directory, plain(cfg))
         self.record = run_dir.Record(directory, writes=first)
+        self.saver = Saver(
+            directory / "checkpoints",
+            keep=cfg.trainer.keep_checkpoints,
+            background=cfg.trainer.checkpoint_async,
+        )
         self.data = self._data()
         self.module = self._module()
         self.evaluator = Evaluator(
@@ -115,6 +139,8 @@ class Attempt:
         try:
             stopped = self._fit()
             code, status = (Exit.PREEMPTED, "preempted") if stopped else (Exit.DONE, "finished")
+        except StopRun as stop:
+            code = self._explain(stop.code, stop)
         except NonFiniteLossError as error:
             code = self._explain(Exit.NON_FINITE, error)
             write_note(self.directory, str(error))
@@ -212,41 +238,46 @@ class Attempt:
     def _restore(self) -> None:
         """Continue from the newest valid checkpoint, or refuse rather than start over silently."""
         root = self.directory / "checkpoints"
-        path, refused = checkpoint.newest_valid(root)
+        stored, refused = checkpoint.newest_valid(root)
         for line in refused:
             print(f"checkpoint refused: {line}", file=sys.stderr)
-        if path is None:
-            if self.record.values.get("step", 0) and self.record.values.get("committed"):
-                step = self.record.values["step"]
-                message = f"{root} holds no valid checkpoint, but the run had reached step {step}."
-                raise StopRun(Exit.NO_VALID_CHECKPOINT, message)
+        if stored is None:
+            refuse_silent_start(self.directory, self.record, refused)
             return
         if not self.cfg.run.resume:
             message = f"run '{self.cfg.run.name}' exists; set run.resume=true, or choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.restored = checkpoint.load(path)
-        checkpoint.load_module(self.module, self.restored.model)
-        if self.module.ema is not None:
-            self.module.ema.load(self.restored.ema)
-        facts = self.restored.facts
+        facts, path = stored.facts, stored.path
+        if refused:
+            print(f"continuing from {path.name}; the steps behind it are trained again", file=sys.stderr)
         if facts["plan_version"] != plan.VERSION:
             message = f"{path.name} counts steps of another order of the data; finish it with the vlp that made it."
             raise StopRun(Exit.RESUME_REFUSED, message)
         if facts["fingerprints"] != self.data.fingerprints():
             message = f"the data of run '{self.cfg.run.name}' changed since {path.name}; choose another run.name."
             raise StopRun(Exit.RESUME_REFUSED, message)
-        self.module.resume(facts["cursor"], facts["num_skipped"], self.restored.optimizer)
+        optimizer_tensors = state.restore(self.module, self.module.ema, stored)
+        self.module.resume(facts["cursor"], facts["num_skipped"], optimizer_tensors)
 
     def _introduce(self) -> None:
         """Write what is known before the first step, and print it."""
         if not self.first:
             return
+        try:
+            self._write_facts()
+        except OSError as error:
+            message = f"{self.directory} cannot be written ({error.strerror}); make room, or set paths.runs."
+            raise StopRun(Exit.CANNOT_CREATE, message) from None
+        print(summary.text(self.cfg, self.system, self.module, self.record.values, self.evaluator.skipped), flush=True)
+
+    def _write_facts(self) -> None:
         attempts = self.record.values.get("attempts", 0) + 1
-        self.record.update(**summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts)
+        self.record.update(
+            **summary.facts(self.cfg, self.system, self.module, self.data), attempts=attempts, **cluster.facts()
+        )
         run_dir.write_json(self.directory / "graph.json", summary.graph(self.system, self.module))
         text = OmegaConf.to_yaml(self.cfg, resolve=True)
-        (self.directory / "config.yaml").write_text(text, encoding="utf-8")
-        print(summary.text(self.cfg, self.system, self.module, self.record.values, self.evaluator.skipped), flush=True)
+        run_dir.write_text(self.directory / "config.yaml", text)
 
     def _fit(self) -> bool:
         """Train to the last step or until told to stop; return whether it was told to."""
@@ -262,6 +293,7 @@ class Attempt:
         )
         evaluation = Evaluation(self.evaluator, every=cfg.eval.every, log=log)
         callbacks: list[Any] = [self.counting, log, NonFiniteNotes(self.directory), evaluation, commit]
+        callbacks.append(Saving(self.saver, log.write))
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
         trainer = self._trainer(callbacks)
@@ -281,6 +313,7 @@ class Attempt:
             max_epochs=1,
             logger=[config.build(node, "logger") for node in self.cfg.logger.values() if node and self.first],
             callbacks=callbacks,
+            plugins=self.plugins,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
@@ -290,9 +323,7 @@ class Attempt:
         )
 
     def _save(self, module: Pretraining) -> None:
-        """Commit a checkpoint; every rank holds the same state, the first one writes."""
-        if not self.first:
-            return
+        """Commit a checkpoint; all ranks write their share."""
         facts = {
             "cursor": module.cursor,
             "num_skipped": module.num_skipped,
@@ -301,15 +332,11 @@ class Attempt:
             "config": plain(self.cfg),
             "seed": self.cfg.run.seed,
         }
-        state = checkpoint.State(
-            model=checkpoint.module_state(module),
-            optimizer=checkpoint.optimizer_state(module.optimizers(use_pl_optimizer=False)),  # type: ignore[arg-type]
-            ema=module.ema.average if module.ema is not None else {},
-            facts=facts,
-        )
-        root = self.directory / "checkpoints"
-        checkpoint.save(root, step=module.cursor, state=state, keep=self.cfg.trainer.keep_checkpoints)
-        self.record.update(step=module.cursor, committed=True, seen=self.counting.seen)
+        optimizer: Any = module.optimizers(use_pl_optimizer=False)
+        tensors = state.collect(module, optimizer, module.ema, rank=dist.rank(), world_size=dist.world_size())
+        note = {"step": module.cursor, "committed": True, "seen": copy.deepcopy(self.counting.seen)}
+        saved = checkpoint.State(tensors, facts)
+        self.saver.save(module.cursor, saved, then=lambda: self.record.update(**note))
 
     def _already_done(self) -> int:
         print(
@@ -319,11 +346,12 @@ class Attempt:
         return Exit.DONE
 
     def _explain(self, code: Exit, error: Exception) -> Exit:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {error.message if isinstance(error, StopRun) else error}", file=sys.stderr)
         return code
 
     def _finish(self, code: int, status: str) -> None:
         """Record the end and write the report, for failed runs too."""
+        self.saver.close()
         if not self.first:
             return
         seconds = self.record.values.get("seconds", 0.0) + time.monotonic() - self.started
@@ -337,8 +365,12 @@ class Attempt:
             sources=sources,
             ended=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        report = write_report(self.directory)
-        print(summary.ending(self.directory, status, self.module.cursor, report))
+        try:
+            report = write_report(self.directory)
+        except OSError as error:
+            print(f"warning: the report of {self.directory} cannot be written ({error.strerror}).", file=sys.stderr)
+        else:
+            print(summary.ending(self.directory, status, self.module.cursor, report))
 
 
 def _refused_by_a_part(error: ValueError) -> bool:

@@ -24,7 +24,7 @@ from vlp.data.rng import mix
 from vlp.forward import ForwardPass, Graph, Wiring
 from vlp.layers.temperature import Temperature
 from vlp.objectives.combine import combine, global_counts
-from vlp.training import checkpoint, optim
+from vlp.training import optim, state
 from vlp.training.ema import Ema
 from vlp.training.whole_step import WholeStep
 from vlp.types import Term
@@ -88,7 +88,8 @@ class Pretraining(pl.LightningModule):
         """Group the trainable parameters by rate and decay."""
         chosen = optim.settings(self, layer_decay=self.recipe.layer_decay, lr_factors=self.recipe.lr_factors)
         optimizer = optim.adamw(chosen, **self.recipe.optimizer)
-        checkpoint.load_optimizer(optimizer, self.optimizer_tensors)
+        state.load_optimizer(optimizer, self.optimizer_tensors)
+        self.optimizer_tensors = {}  # they keep the files of the checkpoint mapped
         return optimizer
 
     def train_dataloader(self) -> Any:

@@ -1,5 +1,6 @@
 """What must be there before the first step: shards, a tokenizer, fitted codebooks. None of it inside a collective."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +15,8 @@ from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import ShardsError
 from vlp.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vlp.training.assemble import build_part
+from vlp.training.exits import Exit, StopRun
+from vlp.types import Reason
 
 
 @runtime_checkable
@@ -101,12 +104,21 @@ def fit_parts(module: nn.Module, data: VideoTextData, directory: Path, *, seed: 
 
 
 def _frames(data: VideoTextData, num_clips: int) -> Iterator[Tensor]:
-    """Yield training frames in the order of the first epoch."""
-    seen = 0
+    """Yield training frames in the order of the first epoch. Raises StopRun if no clip can be used."""
+    seen, lost = 0, Counter[str]()
     loader = data.train_loader(start_step=0, num_steps=-(-num_clips // data.batch_size), rank=0, world_size=1)
     for step in loader:
         for micro in step.batches:
-            yield micro.frames[micro.valid]
+            lost.update(Reason(status).name.lower() for status in micro.status[~micro.valid].tolist())
+            if micro.valid.any():
+                yield micro.frames[micro.valid]
         seen += data.batch_size
         if seen >= num_clips:
-            return
+            break
+    if lost.total() == seen:
+        reasons = ", ".join(f"{name}={count}" for name, count in lost.items())
+        raise StopRun(
+            Exit.DATA_BUDGET,
+            f"none of the first {seen} training samples can be used ({reasons}); check the shards with "
+            "python -m vlp.data.index --check.",
+        )

@@ -11,6 +11,8 @@ import fcntl
 import json
 import os
 import socket
+import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ FREE = (  # sections and keys that may differ when a run continues: they change 
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
+    "trainer.checkpoint_async",
     "trainer.progress_bar",
     "trainer.num_threads",
     "trainer.devices",
@@ -50,19 +53,31 @@ FREE = (  # sections and keys that may differ when a run continues: they change 
 
 
 def create(directory: Path) -> None:
-    """Make the directory.
+    """Make the directory, readable for its owner and group.
 
     Raises:
-        StopRun: it cannot be written (exit 73).
+        StopRun: it cannot be written, or others could plant files in it (exit 73).
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        _refuse_foreign(directory)
         probe = directory / f".probe-{os.getpid()}"
-        probe.touch()
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
         probe.unlink()
     except OSError as error:
         message = f"the run directory {directory} cannot be written ({error.strerror}); set paths.runs or run.name."
         raise StopRun(Exit.CANNOT_CREATE, message) from None
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """A link that somebody else has put on shared storage would let us write where they want."""
+    mode = os.lstat(directory).st_mode
+    if stat.S_ISLNK(mode):
+        message = f"the run directory {directory} is a link; name the real directory (paths.runs may be a link)."
+        raise StopRun(Exit.CANNOT_CREATE, message)
+    if mode & stat.S_IWOTH:
+        message = f"everybody can write to the run directory {directory}; run chmod o-w on it."
+        raise StopRun(Exit.CANNOT_CREATE, message)
 
 
 @contextmanager
@@ -93,19 +108,40 @@ class Record:
 
     def __init__(self, directory: Path, *, writes: bool) -> None:
         self.path, self.writes = directory / "run.json", writes
-        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.values, self.damaged = _read_json(self.path)
+        if self.damaged:
+            print(f"warning: {self.path} is damaged; what it said is made anew.", file=sys.stderr)
 
     def update(self, **values: Any) -> None:
         """Change keys and store the record; only rank 0 writes."""
         self.values |= values
         if self.writes:
-            write_json(self.path, self.values)
+            try:
+                write_json(self.path, self.values)
+            except OSError as error:  # a full disk; the next update tries again
+                print(f"{self.path} cannot be written ({error.strerror}); training goes on.", file=sys.stderr)
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], bool]:
+    """Return the table in a file, and whether the file is there and holds none."""
+    if not path.exists():
+        return {}, False
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        values = None
+    return (values, False) if isinstance(values, dict) else ({}, True)
 
 
 def write_json(path: Path, values: Any) -> None:
     """Replace a JSON file as a whole."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole: a kill leaves the old one or the new one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -118,7 +154,7 @@ def refuse_other_config(directory: Path, new: Mapping[str, Any]) -> None:
     path = directory / "config.yaml"
     if not path.exists():
         return
-    before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(new)
+    before, now = _flat(_stored_config(path)), _flat(new)
     changed = [
         f"{key}: was {before.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}"
         for key in sorted(before.keys() | now.keys())
@@ -128,6 +164,17 @@ def refuse_other_config(directory: Path, new: Mapping[str, Any]) -> None:
         lines = "\n".join(f"  {line}" for line in changed)
         message = f"run '{directory.name}' was started with another config:\n{lines}\n"
         raise StopRun(Exit.RESUME_REFUSED, message + "choose another run.name, or the old values.")
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict):
+        return values
+    advice = "put it back (it is also under 'config' in state.json of each checkpoint), or choose another run.name."
+    raise StopRun(Exit.RESUME_REFUSED, f"{path} is damaged; {advice}")
 
 
 def _is_free(key: str) -> bool:
