@@ -11,7 +11,7 @@ from vlp import config
 from vlp.forward import ForwardPass
 from vlp.training import published
 from vlp.training.assemble import assemble
-from vlp.training.checkpoint import module_state
+from vlp.training.state import module_state
 from vlp.types import Batch, nothing_more
 
 VISION = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
