@@ -5,7 +5,7 @@ from torch import nn
 
 from vlp.eval.runner import EvalData
 from vlp.forward import Graph, quantity
-from vlp.types import Batch, Reason, Tokens, one_text
+from vlp.types import Batch, Reason, Tokens, nothing_more
 
 VOCAB = ["[pad]", "[bos]", "[eos]", "zero", "one", "two", "three", "four", "red", "blue", "then"]
 PAD, BOS, EOS = 0, 1, 2
@@ -38,7 +38,7 @@ def make_batch(sample_ids, captions, unusable=()):
         text_ids=ids,
         text_mask=mask,
         word_ids=word_ids,
-        **one_text(size),
+        **nothing_more(size),
         valid=valid,
         status=torch.where(valid, Reason.OK, Reason.VIDEO_BROKEN),
         sample_id=samples,

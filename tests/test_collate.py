@@ -5,7 +5,7 @@ from vlp.data.collate import collate
 from vlp.data.fields import Sample
 from vlp.data.text import load_tokenizer, train_tokenizer
 from vlp.data.texts import Texts
-from vlp.types import IGNORE_INDEX, Reason, one_text
+from vlp.types import IGNORE_INDEX, Reason, nothing_more
 
 SHAPE = (3, 5, 7, 3)  # T H W 3
 
@@ -70,4 +70,4 @@ def test_other_texts_keep_their_clip_and_absent_ones_are_masked(tmp_path):
 def test_clips_with_one_caption_bring_no_other_texts(tmp_path):
     batch = collate([sample(3, "a"), sample(3, "ball"), sample(3, "red")], tokenizer(tmp_path), shape=SHAPE)
     assert batch.more_ids.shape[:2] == (3, 0) and batch.label.tolist() == [IGNORE_INDEX] * 3
-    assert all(torch.equal(getattr(batch, name), value) for name, value in one_text(3).items() if name == "label")
+    assert all(torch.equal(getattr(batch, name), value) for name, value in nothing_more(3).items() if name == "label")

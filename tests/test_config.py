@@ -31,7 +31,7 @@ trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devi
   check_replicas_every: null, ledger: false, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, checkpoint_async: true, compile: false,
   checkpoint_activations: false, num_threads: null, progress_bar: false}}
-clip: {{num_frames: 4, size: 8, short_side: 10, sampling_train: {PART}, sampling_test: {PART},
+clip: {{num_frames: 4, size: 8, short_side: 10, more_clips: 0, sampling_train: {PART}, sampling_test: {PART},
   transforms_train: [{PART}], transforms_test: []}}
 tokenizer: {{name: null, revision: null, vocab_size: 7, max_length: 5, pad_id: 0, bos_id: 2, eos_id: 3, mask_id: 4}}
 video: {{_target_: vlp.objectives.masked_words.MaskedWords, dim: 3, vocab_size: "${{tokenizer.vocab_size}}"}}
@@ -369,6 +369,7 @@ def test_references_that_lead_nowhere_are_refused(conf, reference):
         ("run.stop_after=0", "run.stop_after: 0 is not possible; it must be at least 1."),
         ("eval.every=-1", "eval.every: -1 is not possible; it must be at least 1."),
         ("data.num_workers=-1", "data.num_workers: -1 is not possible; it must be 0 or more."),
+        ("clip.more_clips=-1", "clip.more_clips: -1 is not possible; it must be 0 or more."),
         ("optim.lr=0.0", "optim.lr: 0.0 is not possible; it must be above 0."),
         ("optim.lr=nan", "optim.lr: nan is not possible; it must be above 0."),
         ("trainer.clip_grad_norm=0", "trainer.clip_grad_norm: 0 is not possible; it must be above 0."),

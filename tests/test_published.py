@@ -12,7 +12,7 @@ from vlp.forward import ForwardPass
 from vlp.training import published
 from vlp.training.assemble import assemble
 from vlp.training.state import once
-from vlp.types import Batch, one_text
+from vlp.types import Batch, nothing_more
 
 VISION = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
 WORDS = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -61,7 +61,7 @@ def batch() -> Batch:
         text_ids=ids,
         text_mask=torch.tensor([[True, True, True, True, False], [True] * 5]),
         word_ids=ids,
-        **one_text(2),
+        **nothing_more(2),
         valid=torch.ones(2, dtype=torch.bool),
         status=torch.zeros(2, dtype=torch.int64),
         sample_id=torch.arange(2),

@@ -18,7 +18,7 @@ from vlp.training.assemble import assemble
 from vlp.training.launch import quiet, recipe_of
 from vlp.training.module import Pretraining
 from vlp.training.whole_step import WholeStep
-from vlp.types import Batch, one_text
+from vlp.types import Batch, nothing_more
 
 CLIPS, LENGTH = 8, 5
 TINY = (
@@ -138,7 +138,7 @@ def batch(cfg) -> Batch:
     mask, words = torch.ones(CLIPS, LENGTH, dtype=torch.bool), torch.arange(LENGTH).expand(CLIPS, LENGTH)
     numbers = torch.arange(CLIPS)
     real, times = torch.ones(frames.shape[:2], dtype=torch.bool), torch.zeros(frames.shape[:2])
-    other = one_text(CLIPS).values()
+    other = nothing_more(CLIPS).values()
     valid = whole.index_fill(0, torch.tensor([2]), False)
     return Batch(frames, real, times, ids, mask, words, *other, valid, *[numbers] * 3)
 

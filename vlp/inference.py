@@ -19,7 +19,7 @@ from vlp.data.text import Tokenizer
 from vlp.forward import ForwardPass, Graph
 from vlp.training import checkpoint, prepare, state
 from vlp.training.assemble import assemble
-from vlp.types import Batch, one_text
+from vlp.types import Batch, nothing_more
 
 
 class Loaded:
@@ -124,7 +124,7 @@ class Loaded:
             text_ids=encoded.ids,
             text_mask=encoded.mask,
             word_ids=encoded.word_ids,
-            **one_text(size),
+            **nothing_more(size),
             valid=torch.ones(size, dtype=torch.bool),
             status=torch.zeros(size, dtype=torch.int64),
             sample_id=torch.arange(size),

@@ -71,6 +71,7 @@ class Clip:
     num_frames: int
     size: int  # pixels a side that the model sees
     short_side: int  # pixels to which the decoder scales the shorter side
+    more_clips: int  # other clips of each training sample, out of the same decode
     sampling_train: Node
     sampling_test: Node
     transforms_train: list[Node]

@@ -1,7 +1,7 @@
 """The types that travel between the parts of vlp.
 
 Axes: B clips of a batch, T frames, H W pixels or grid cells, N tokens, P prefix tokens, D width, L text length, K other
-texts of a clip.
+clips or other texts of a sample.
 NamedTuples and not dataclasses: DeepSpeed ZeRO-3, pytrees and torch.compile look for tensors inside tuples.
 """
 
@@ -55,6 +55,8 @@ class Batch(NamedTuple):
     text_ids: Tensor  # [B, L] int64
     text_mask: Tensor  # [B, L] bool, True = real
     word_ids: Tensor  # [B, L] int64, which word of the caption a token belongs to; -1 for special tokens and padding
+    more_frames: Tensor  # [B, K, T, H, W, 3] uint8, the other clips that `clip.more_clips` asked for
+    more_frame_mask: Tensor  # [B, K, T] bool, True = real
     more_ids: Tensor  # [B, K, L] int64, the other texts that `texts` of the config chose; K is 0 with one caption
     more_mask: Tensor  # [B, K, L] bool, True = real; a text that is not there has none
     label: Tensor  # [B] int64, what is asked of the clip: a class or a place among the other texts; else IGNORE_INDEX
@@ -64,10 +66,16 @@ class Batch(NamedTuple):
     key: Tensor  # [B] int64, counter key of (seed, epoch, sample): all randomness of views derives from it
 
 
-def one_text(num_clips: int) -> dict[str, Tensor]:
-    """Return the fields of a batch whose clips bring one text each, and no label."""
-    nothing = torch.zeros(num_clips, 0, 1, dtype=torch.int64)
-    return {"more_ids": nothing, "more_mask": nothing.bool(), "label": torch.full((num_clips,), IGNORE_INDEX)}
+def nothing_more(num_samples: int) -> dict[str, Tensor]:
+    """Return the fields of a batch whose samples bring one clip and one text each, and no label."""
+    nothing = torch.zeros(num_samples, 0, 1, dtype=torch.int64)
+    return {
+        "more_frames": torch.zeros(num_samples, 0, 1, 1, 1, 3, dtype=torch.uint8),
+        "more_frame_mask": nothing.bool(),
+        "more_ids": nothing,
+        "more_mask": nothing.bool(),
+        "label": torch.full((num_samples,), IGNORE_INDEX),
+    }
 
 
 class Tokens(NamedTuple):

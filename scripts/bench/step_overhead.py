@@ -23,7 +23,7 @@ from vlp.training.callbacks import Bar, MetricsLog
 from vlp.training.launch import quiet, recipe_of
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import Pretraining
-from vlp.types import Batch, one_text
+from vlp.types import Batch, nothing_more
 
 OVERRIDES = ("+experiment=quickstart", "objective=[contrastive]", "trainer.max_steps=20")
 NUM_STEPS, NUM_PAIRS, BATCH_SIZE = 20, 9, 64
@@ -67,7 +67,7 @@ def _batch(cfg: Any, seed: int) -> Batch:
         text_ids=text_ids,
         text_mask=torch.ones_like(text_ids, dtype=torch.bool),
         word_ids=torch.arange(16).expand(BATCH_SIZE, 16),
-        **one_text(BATCH_SIZE),
+        **nothing_more(BATCH_SIZE),
         valid=torch.ones(BATCH_SIZE, dtype=torch.bool),
         status=torch.zeros(BATCH_SIZE, dtype=torch.int64),
         sample_id=torch.arange(BATCH_SIZE),

@@ -38,7 +38,7 @@ class VideoTextData:
         balance: deal the clips of a step to ranks and micro-batches by size, see `vlp.data.balance`.
         num_workers: reading processes of each rank. seed: of the run.
         sampling_train, sampling_test, transforms_train, transforms_test, short_side: see `vlp.data.fields.Clips`.
-        texts: chooses the texts of a training sample, see `vlp.data.texts`.
+        more_clips: other clips of each training sample. texts: chooses its texts, see `vlp.data.texts`.
         make_tokenizer: gets the training captions, which it may ignore.
         index_dir: where the indexes of remote shards lie. cache: keeps remote shards on this machine.
 
@@ -69,6 +69,7 @@ class VideoTextData:
         index_dir: str | None = None,
         cache: ShardCache | None = None,
         balance: bool = False,
+        more_clips: int = 0,
     ) -> None:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
         self.sources, self.weights = dict(sources), {name: float(weights[name]) for name in sources}
@@ -78,7 +79,7 @@ class VideoTextData:
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
         self._index_dir, self._cache, self._texts = index_dir, cache, texts
         clips = {
-            "train": Clips(sampling_train, transforms_train, short_side),
+            "train": Clips(sampling_train, transforms_train, short_side, more_clips),
             "test": Clips(sampling_test, transforms_test, short_side),
         }
         self._readers = {

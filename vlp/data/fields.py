@@ -7,6 +7,7 @@ Axes: T frames, H W pixels.
 """
 
 import fcntl
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from vlp.data import storage
 from vlp.data.columns import IndexFileError
-from vlp.data.decode import DecodeError, decode
+from vlp.data.decode import Decoded, DecodeError, decode
 from vlp.data.index import (
     ShardIndex,
     build_headers_index,
@@ -176,6 +177,7 @@ class Clips(NamedTuple):
     sampling: Sampling
     transforms: Sequence[Transform]
     short_side: int | None  # pixels of the shorter side when decoded; None = as coded
+    num_more: int = 0  # other clips of a training sample
 
     def shape(self) -> tuple[int, int, int, int]:
         """Return [T, H, W, 3] of every clip. Raises ValueError if its size depends on the video."""
@@ -191,12 +193,19 @@ class Clips(NamedTuple):
             )
         return (self.sampling.num_frames, *next(iter(sizes))[1:])
 
-    def transformed(self, frames: np.ndarray, key: int) -> np.ndarray:
-        """Apply all transforms to frames [T, H, W, 3] with the randomness of a sample."""
-        rng = generator(key, "crop")
+    def transformed(self, frames: np.ndarray, key: int, number: int = 0) -> np.ndarray:
+        """Apply all transforms to frames [T, H, W, 3] with the randomness of clip `number` of a sample."""
+        rng = generator(key, _purpose("crop", number))
         for transform in self.transforms:
             frames = transform(frames, rng)
         return frames
+
+
+class Clip(NamedTuple):
+    """Another clip of a sample."""
+
+    frames: np.ndarray  # [T, H, W, 3] uint8
+    times_s: np.ndarray  # [T] float64
 
 
 class Sample(NamedTuple):
@@ -209,7 +218,8 @@ class Sample(NamedTuple):
     key: int  # of all its randomness
     status: Reason
     detail: str
-    decode_s: float  # seconds that decoding took
+    decode_s: float  # seconds that decoding took, all clips together
+    more: tuple[Clip, ...] = ()  # the other clips of the same video
 
 
 class ClipReader:
@@ -239,6 +249,7 @@ class ClipReader:
         self._ahead: list[int] = []
         self.clips, self.seed, self.source, self.train = clips, seed, source, train
         self.shards, self.shape = list(shards), clips.shape()
+        self.num_more = clips.num_more if train else 0
         self._by_reason = np.zeros((len(self.shards), len(Reason)), dtype=np.int64)
         self.fingerprint = fingerprint(self._opened())
         self._ends = np.cumsum(self._by_reason.sum(axis=1))
@@ -250,6 +261,11 @@ class ClipReader:
     def counts(self) -> np.ndarray:
         """Samples of each shard, [S] int64, unusable ones included."""
         return self._by_reason.sum(axis=1)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of the frames of all clips of a sample, at most."""
+        return (1 + self.num_more) * math.prod(self.shape)
 
     @property
     def by_reason(self) -> dict[Reason, int]:
@@ -285,7 +301,8 @@ class ClipReader:
         key = sample_key(self.seed, epoch, self.source, sample_id)
         frames, times_s = np.zeros(self.shape, np.uint8), np.zeros(self.shape[0])
         texts = Texts("", (None,) * self.texts.num_others)
-        return Sample(frames, times_s, texts, sample_id, key, reason, detail, 0.0)
+        more = (Clip(frames, times_s),) * self.num_more
+        return Sample(frames, times_s, texts, sample_id, key, reason, detail, 0.0, more)
 
     def meta(self, sample_id: int) -> dict[str, Any]:
         """Return the whole record of a sample, "captions" and what else it has. Raises SampleError."""
@@ -346,19 +363,35 @@ class ClipReader:
         texts = self.texts(meta, key) if self.train else Texts(meta["captions"][0])
         video = read_part(index, row, "video", cache=self.cache)
         facts = _facts(index, row, video)
-        times_s = self.clips.sampling(facts.duration_s, facts.fps, generator(key, "times") if self.train else None)
+        times_s = [self._times(facts, key, number) for number in range(1 + self.num_more)]
         began = time.perf_counter()
-        try:
-            decoded = decode(video, times_s, short_side=self.clips.short_side, key_frames=facts.key_frames)
+        try:  # one decode for all clips: it sorts the times, and decodes a frame that two of them want once
+            decoded = decode(
+                video, np.concatenate(times_s), short_side=self.clips.short_side, key_frames=facts.key_frames
+            )
         except DecodeError as error:
             raise SampleError(error.reason, *where, error.detail) from error
         decode_s = time.perf_counter() - began
-        frames = self.clips.transformed(decoded.frames, key)
-        if frames.shape[1:] != self.shape[1:]:
-            raise ValueError(
-                f"{where[0]}: the transforms gave {frames.shape[1:3]} and not {self.shape[1:3]}; fix the size."
-            )
-        return Sample(frames, decoded.times_s, texts, sample_id, key, Reason.OK, "", decode_s)
+        first, *more = self._cut(decoded, [len(each) for each in times_s], key)
+        for clip in (first, *more):
+            if clip.frames.shape[1:] != self.shape[1:]:
+                raise ValueError(
+                    f"{where[0]}: the transforms gave {clip.frames.shape[1:3]} and not {self.shape[1:3]}; fix the size."
+                )
+        return Sample(*first, texts, sample_id, key, Reason.OK, "", decode_s, tuple(more))
+
+    def _times(self, facts: VideoFacts, key: int, number: int) -> np.ndarray:
+        """Return the times [T] of clip `number` of a sample, 0 the first."""
+        rng = generator(key, _purpose("times", number)) if self.train else None
+        return self.clips.sampling(facts.duration_s, facts.fps, rng)
+
+    def _cut(self, decoded: Decoded, lengths: Sequence[int], key: int) -> list[Clip]:
+        """Cut what was decoded into clips of so many frames, and transform each with randomness of its own."""
+        ends = np.cumsum(lengths)[:-1]
+        pairs = zip(np.split(decoded.frames, ends), np.split(decoded.times_s, ends), strict=True)
+        return [
+            Clip(self.clips.transformed(frames, key, number), times_s) for number, (frames, times_s) in enumerate(pairs)
+        ]
 
     def _num_frames(self, index: ShardIndex, rows: np.ndarray) -> np.ndarray:
         """Return how many frames the sampling takes of rows [N], [N] int64; asked once for equal videos."""
@@ -392,6 +425,11 @@ class ClipReader:
             yield index
         if broken:
             raise IndexFileError(_listed(broken))
+
+
+def _purpose(name: str, number: int) -> str:
+    """Return the stream of clip `number` of a sample; the first has the plain name, however many there are."""
+    return f"{name}{number or ''}"
 
 
 def _facts(index: ShardIndex, row: int, video: bytes) -> VideoFacts:

@@ -6,7 +6,6 @@ All of it is a function of the step, so a loader begins anywhere, and which work
 also tells which shards come next: remote ones are fetched ahead, if there is a cache.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
@@ -59,7 +58,7 @@ class MicroBatches:
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         plan = next(iter(self.parts.values())).plan
         self.num_clips = plan.global_batch // (world_size * accumulate)  # of a micro-batch
-        self.buffer_bytes = self.num_clips * max(math.prod(part.reader.shape) for part in self.parts.values())
+        self.buffer_bytes = self.num_clips * max(part.reader.sample_bytes for part in self.parts.values())
 
     def __call__(
         self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor
@@ -85,7 +84,7 @@ class SplitBatches:
         self.reader, self.tokenizer, self.batch_size = reader, tokenizer, batch_size
         self.ids = range(rank, len(reader), world_size)
         self.num_batches = -(-len(self.ids) // batch_size)
-        self.buffer_bytes = batch_size * math.prod(reader.shape)
+        self.buffer_bytes = batch_size * reader.sample_bytes
 
     def __call__(self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor) -> Batch:
         """Return a batch; the last one may be shorter."""

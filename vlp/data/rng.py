@@ -28,5 +28,8 @@ def sample_key(seed: int, epoch: int, source: int, sample_id: int) -> int:
 
 
 def generator(key: int, purpose: str) -> np.random.Generator:
-    """Return a fresh counter-based generator; `purpose` ("times", "crop", "caption") separates the streams of a key."""
+    """Return a fresh counter-based generator; `purpose` separates the streams of a key.
+
+    Purposes are "times", "crop", "caption", and "times1", "crop1", ... of the other clips of a sample.
+    """
     return np.random.Generator(np.random.Philox(key=[key & _MASK, zlib.crc32(purpose.encode())]))

@@ -58,8 +58,8 @@ class Workers(NamedTuple):
 class Work(Protocol):
     """What is done with a job; the result may hold tensors inside tuples.
 
-    It calls `begin(number)` before each sample, leaves out the samples in `skip`, by reason, and may put one tensor of
-    at most `buffer_bytes` into `buffer` (uint8, at its beginning), to save a copy.
+    It calls `begin(number)` before each sample, leaves out the samples in `skip`, by reason, and may put
+    contiguous tensors of at most `buffer_bytes` in all into `buffer` (uint8), to save a copy.
     """
 
     buffer_bytes: int
@@ -112,6 +112,7 @@ class _Placed(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    in_buffer: bool
 
 
 class _Task(NamedTuple):
@@ -265,12 +266,13 @@ class _Packer:
     """Puts the tensors of a result into its slot, those that are not there already behind `buffer`."""
 
     def __init__(self, slot: Tensor, *, buffer_bytes: int) -> None:
-        self._slot, self._used = slot, _aligned(buffer_bytes)
+        self._slot, self._buffer_bytes, self._used = slot, buffer_bytes, _aligned(buffer_bytes)
 
     def __call__(self, tensor: Tensor) -> _Placed:
-        if tensor.data_ptr() == self._slot.data_ptr() and tensor.is_contiguous():
-            return _Placed(0, tuple(tensor.shape), tensor.dtype)
-        placed = _Placed(self._used, tuple(tensor.shape), tensor.dtype)
+        offset = tensor.data_ptr() - self._slot.data_ptr()
+        if 0 <= offset < self._buffer_bytes and tensor.is_contiguous():
+            return _Placed(offset, tuple(tensor.shape), tensor.dtype, in_buffer=True)
+        placed = _Placed(self._used, tuple(tensor.shape), tensor.dtype, in_buffer=False)
         if placed.offset + tensor.nbytes > len(self._slot):
             raise ValueError(
                 "a result has more bytes besides its frames than a slot has room for; shorten tokenizer.max_length."
@@ -290,7 +292,7 @@ def _view(placed: _Placed, slot: Tensor) -> Tensor:
 
 
 def _copy(placed: _Placed, slot: Tensor, pin_memory: bool) -> Tensor:
-    pinned = pin_memory and placed.offset == 0  # small tensors gain nothing
+    pinned = pin_memory and placed.in_buffer  # small tensors gain nothing
     return torch.empty(placed.shape, dtype=placed.dtype, pin_memory=pinned).copy_(_view(placed, slot))
 
 

@@ -130,6 +130,23 @@ class VideoText(nn.Module):
         return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
 
     @quantity
+    def more_video(self, more_frames: Tensor, more_frame_mask: Tensor) -> Grid:
+        """Encode the other clips of the samples as a Grid of B*K clips."""
+        frames, mask = (rearrange(x, "b k ... -> (b k) ...") for x in (more_frames, more_frame_mask))
+        return self.connectors(self.video_encoder(self.pixels(frames), mask, None))
+
+    @quantity
+    def clips_embed(self, video_embed: Tensor, more_video: Grid) -> Tensor:
+        """Return unit vectors [B, 1 + K, E] of all clips of a sample, that of `frames` first."""
+        more = F.normalize(self.video_projection(self.video_pool(more_video)), dim=-1)
+        return torch.cat([video_embed[:, None], rearrange(more, "(b k) e -> b k e", b=len(video_embed))], dim=1)
+
+    @quantity
+    def second_clip_embed(self, clips_embed: Tensor) -> Tensor:
+        """Return unit vectors [B, E] of the second clip of each sample."""
+        return clips_embed[:, 1]
+
+    @quantity
     def text_embed(self, text: Tokens) -> Tensor:
         """Return unit vectors [B, E]."""
         return F.normalize(self.text_projection(self.text_pool(text)), dim=-1)

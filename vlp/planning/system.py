@@ -17,7 +17,7 @@ from vlp.planning.kernels import Kernels
 from vlp.training import optim
 from vlp.training.assemble import System, assemble, wanted
 from vlp.training.prepare import Fitted
-from vlp.types import Batch, one_text
+from vlp.types import Batch, nothing_more
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -89,6 +89,11 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
     word_ids = torch.arange(length).expand(num_clips, length).clone()
     word_ids[:, [0, -1]] = -1
     numbers = torch.arange(num_clips)
+    more = (num_clips, clip.more_clips, clip.num_frames)
+    other_clips = {
+        "more_frames": torch.zeros((*more, clip.size, clip.size, 3), dtype=torch.uint8, device="meta"),
+        "more_frame_mask": torch.ones(more, dtype=torch.bool),
+    }
     return Batch(
         frames=torch.zeros((*shape, clip.size, clip.size, 3), dtype=torch.uint8, device="meta"),
         frame_mask=torch.ones(shape, dtype=torch.bool),
@@ -96,7 +101,7 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
         text_ids=text_ids,
         text_mask=torch.ones_like(text_ids, dtype=torch.bool),
         word_ids=word_ids,
-        **one_text(num_clips),
+        **nothing_more(num_clips) | other_clips,
         valid=torch.ones(num_clips, dtype=torch.bool),
         status=torch.zeros(num_clips, dtype=torch.int64),
         sample_id=numbers,

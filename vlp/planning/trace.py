@@ -110,7 +110,7 @@ class Shapes(TorchDispatchMode):
 def peak(planned: Planned, num_clips: int) -> Peak:
     """Follow the bytes through the forward and backward pass of a micro-batch."""
     system, batch = planned.system, batch_of(planned.cfg, num_clips)
-    shapes = Shapes([*planned.module.parameters(), *planned.module.buffers(), batch.frames])
+    shapes = Shapes([*planned.module.parameters(), *planned.module.buffers(), batch.frames, batch.more_frames])
     parameters = [p for p in planned.module.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(lambda p: shapes.classify(p.grad)) for p in parameters]  # type: ignore[arg-type]
     with shapes, Kernels(planned.half) as kernels:  # also in the backward pass, where blocks may be computed again

@@ -45,6 +45,7 @@ def assemble(cfg: DictConfig) -> System:
     wirings = {n: {**type(objectives[n]).inputs, **plain(node.get("inputs") or {})} for n, node in nodes.items()}
     graph = Graph(model, fields=Batch._fields, views=views)
     messages = _wiring_errors(wirings, objectives, graph) + _shape_errors(model, wirings, graph)
+    messages += _clip_errors(cfg.clip.more_clips, wirings, graph)
     if messages:
         raise config.ConfigError(messages)
     weights = {name: float(node.get("weight", 1.0)) for name, node in nodes.items()}
@@ -91,11 +92,23 @@ def _wiring_errors(wirings: Mapping[str, Wiring], objectives: Mapping[str, nn.Mo
 
 def _shape_errors(model: nn.Module, wirings: Mapping[str, Wiring], graph: Graph) -> list[str]:
     """Ask the family whether its parts fit together, for the quantities that this config takes."""
+    names = _names(wirings, graph)
+    return list(model.shape_errors(names)) if names else []  # type: ignore[operator]
+
+
+def _clip_errors(more_clips: int, wirings: Mapping[str, Wiring], graph: Graph) -> list[str]:
+    """Refuse objectives over other clips where samples bring none."""
+    if more_clips or "more_frames" not in _names(wirings, graph):
+        return []
+    return ["clip.more_clips: 0 other clips of a sample, but an objective takes some; set it to at least 1."]
+
+
+def _names(wirings: Mapping[str, Wiring], graph: Graph) -> set[str]:
+    """Return the quantities and batch fields that the objectives are computed from."""
     try:
-        names = {step.node.name for step in graph.plan(wanted(wirings))}
+        return {step.node.name for step in graph.plan(wanted(wirings))}
     except ValueError:
-        return []  # already reported as a wiring error
-    return list(model.shape_errors(names))  # type: ignore[operator]
+        return set()  # already reported as a wiring error
 
 
 def _drop_unused(model: nn.Module, wirings: Mapping[str, Wiring], graph: Graph) -> dict[str, int]:
