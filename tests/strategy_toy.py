@@ -18,7 +18,7 @@ from vlp.training.launch import quiet, recipe_of
 from vlp.training.module import Pretraining
 from vlp.training.precision import PRECISIONS
 from vlp.training.strategy import STRATEGIES, Needs
-from vlp.types import Batch, one_text
+from vlp.types import Batch, nothing_more
 
 GLOBAL_BATCH, TEXT_LENGTH, SIZE = 8, 7, 16
 FREEZE = {
@@ -198,7 +198,7 @@ def _whole(cell: Cell, step: int) -> Batch:
         text_ids=ids.masked_fill(~text_mask, 0),
         text_mask=text_mask,
         word_ids=torch.arange(TEXT_LENGTH).expand(GLOBAL_BATCH, -1).masked_fill(~text_mask, -1),
-        **one_text(GLOBAL_BATCH),
+        **nothing_more(GLOBAL_BATCH),
         valid=valid,
         status=(~valid).long(),
         sample_id=torch.arange(GLOBAL_BATCH) + GLOBAL_BATCH * step,

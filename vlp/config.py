@@ -416,7 +416,7 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
     ),
     ("0 or more", lambda value: value >= 0): (
         *("trainer.max_skipped_steps", "trainer.max_rewinds", "trainer.zero.persistent_elements", "data.num_workers"),
-        "optim.weight_decay",
+        *("optim.weight_decay", "clip.more_clips"),
         *(f"cluster.{key}" for key in ("reserved_gib", "launch_us", "save_stall_s", "save_write_s", "restart_s")),
     ),
     ("above 0", lambda value: value > 0): (

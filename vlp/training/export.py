@@ -29,7 +29,7 @@ from vlp.forward import ForwardPass
 from vlp.training import checkpoint, state
 from vlp.training.assemble import System, assemble, wanted
 from vlp.training.exits import Exit, StopRun
-from vlp.types import Batch, one_text
+from vlp.types import Batch, nothing_more
 
 _NUM_CLIPS = 3  # of the batch that the models are compared on
 
@@ -171,7 +171,7 @@ def _batch(cfg: DictConfig) -> Batch:
         text_ids=torch.randint(0, cfg.tokenizer.vocab_size, rows, generator=draw),
         text_mask=torch.ones(rows, dtype=torch.bool),
         word_ids=torch.arange(length).expand(rows),
-        **one_text(_NUM_CLIPS),
+        **nothing_more(_NUM_CLIPS),
         valid=torch.ones(_NUM_CLIPS, dtype=torch.bool),
         status=torch.zeros(_NUM_CLIPS, dtype=torch.int64),
         sample_id=torch.arange(_NUM_CLIPS),
