@@ -2,8 +2,10 @@
 
     python scripts/convert.py export RUN_OR_CHECKPOINT OUT.safetensors [--ema]    one file with every tensor
     python scripts/convert.py parts RUN_OR_CHECKPOINT OUT_DIR [--ema]             Hugging Face and timm layouts
+    python scripts/convert.py import --from KIND FILE OUT.safetensors             published weights, for init.run=OUT
 
-What is written has been loaded again and compared with the checkpoint.
+What is exported has been loaded again and compared with the checkpoint. An import renames every tensor or says why it
+is left out; which parameters of a run it fills, the run says when it starts from it.
 """
 
 import argparse
@@ -12,7 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from vlp.training import export
+from safetensors.torch import save_file
+
+from vlp.training import export, published
 from vlp.training.exits import reported
 
 
@@ -26,6 +30,11 @@ def main(arguments: list[str]) -> int:
         command.add_argument("out", type=Path, metavar=out)
         command.add_argument("--ema", action="store_true", help="the averaged weights")
         command.set_defaults(run=run)
+    command = commands.add_parser("import", help=_import.__doc__)
+    command.add_argument("--from", dest="kind", required=True, choices=list(published.LAYOUTS))
+    command.add_argument("source", type=Path, metavar="FILE")
+    command.add_argument("out", type=Path, metavar="OUT.safetensors")
+    command.set_defaults(run=_import)
     chosen = parser.parse_args(arguments)
     return reported(lambda: chosen.run(chosen))
 
@@ -41,6 +50,16 @@ def _export(chosen: argparse.Namespace) -> int:
 def _parts(chosen: argparse.Namespace) -> int:
     """Write the parts that have a Hugging Face or timm layout."""
     print("\n".join(export.export_parts(export.open_source(chosen.source), chosen.out, averaged=chosen.ema)))
+    return 0
+
+
+def _import(chosen: argparse.Namespace) -> int:
+    """Give published weights the names of vlp."""
+    found = published.import_file(chosen.source, chosen.kind)
+    for name, reason in found.left_out.items():
+        print(f"left out: {name}: {reason}")
+    save_file(found.tensors, chosen.out)
+    print(f"{chosen.out}: {len(found.tensors)} tensors, {len(found.left_out)} left out; start from it with init.run")
     return 0
 
 

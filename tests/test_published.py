@@ -1,9 +1,12 @@
 """Published weights under vlp's names. Axes: B clips, T frames, L words."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
@@ -213,3 +216,14 @@ def test_files_are_read_under_their_wrappers(tmp_path):
     save_file({"module.txt_proj.1.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
     found = published.import_file(tmp_path / "x.safetensors", "frozen")
     assert list(found.tensors) == ["model.text_projection.weight"] and not found.left_out
+
+
+def test_the_command_writes_what_a_run_starts_from(tmp_path):
+    save_file({"txt_proj.1.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    words = ["import", "--from", "frozen", str(tmp_path / "x.safetensors"), str(tmp_path / "out.safetensors")]
+    done = subprocess.run([sys.executable, "scripts/convert.py", *words], capture_output=True, text=True, check=True)
+    assert "1 tensors, 0 left out" in done.stdout
+    assert list(load_file(tmp_path / "out.safetensors")) == ["model.text_projection.weight"]
+    words[-2] = str(tmp_path / "absent")
+    done = subprocess.run([sys.executable, "scripts/convert.py", *words], capture_output=True, text=True)
+    assert done.returncode == 78 and "absent' does not exist" in done.stderr and "Traceback" not in done.stderr
