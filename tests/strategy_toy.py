@@ -4,6 +4,7 @@ Every parameter moves in proportion to its gradient (AdamW with eps 1), so weigh
 """
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -83,9 +84,10 @@ def train(cell: Cell, stored: dict[str, Tensor] | None = None, cursor: int = 0, 
         optim.freeze(module, ["model.text_encoder.*"] if cell.freeze == "frozen" else FREEZE["partly"][:1])
     recipe.precision.convert(module)
     if stored is not None:
-        module.resume(cursor, 0, Memory(stored), None)
+        module.resume(cursor, Memory(stored), None)
     watch = Watch(module, look)
-    needs = Needs(recipe.precision, recipe.clip_grad_norm, dist.world_size(), dict(cfg.trainer.zero))
+    patience = timedelta(seconds=120)
+    needs = Needs(recipe.precision, recipe.clip_grad_norm, dist.world_size(), patience, dict(cfg.trainer.zero))
     _trainer(STRATEGIES[cell.strategy](needs), watch).fit(module)
     return watch.found
 

@@ -130,4 +130,4 @@ def test_a_full_disk_loses_no_row_of_the_metrics(tmp_path, monkeypatch, capsys):
     full[0] = False
     csv.append(4, {"loss": 4.0})
     assert [row["step"] for row in metrics_csv.read(tmp_path / "metrics.csv")] == ["1", "2", "3", "4"]
-    assert capsys.readouterr().err.count("training goes on") == 1
+    assert capsys.readouterr().err.count("its rows wait") == 1

@@ -15,8 +15,10 @@ from vlp.forward import ForwardPass, Graph, quantity
 from vlp.layers.temperature import Temperature
 from vlp.objectives.contrastive import Contrastive
 from vlp.training.assemble import assemble
+from vlp.training.callbacks import Rehearsal
 from vlp.training.launch import quiet, recipe_of
 from vlp.training.module import Pretraining
+from vlp.training.strategy import Ddp
 from vlp.training.whole_step import WholeStep
 from vlp.types import Batch, nothing_more
 
@@ -162,18 +164,23 @@ def gradients(num_micro: int, rank: int, num_ranks: int, *more: str) -> dict[str
         loader=lambda start: Once(step),
     )
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    strategy = "ddp" if num_ranks > 1 else "auto"
+    strategy = Ddp() if num_ranks > 1 else "auto"
     trainer = pl.Trainer(
-        accelerator="cpu", devices=num_ranks, strategy=strategy, max_epochs=1, **dict.fromkeys(off, False)
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=[Rehearsal()],
+        **dict.fromkeys(off, False),
     )
     trainer.fit(module)
     return module.noted
 
 
 class Noted(Pretraining):
-    def clip(self, optimizer):
-        self.noted = {n: p.grad.clone() for n, p in self.named_parameters() if p.requires_grad}
-        return super().clip(optimizer)
+    def move(self, update, norm, means, batch):
+        self.noted = {name: parameter.grad.clone() for name, parameter in update.trained.items()}
+        super().move(update, norm, means, batch)
 
     def note(self, batch, means, *rest):
         self.noted |= {f"mean {name}": mean for name, mean in means.items()}

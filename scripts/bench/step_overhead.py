@@ -23,6 +23,7 @@ from vlp.training.callbacks import Bar, MetricsLog
 from vlp.training.launch import quiet, recipe_of
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import Pretraining
+from vlp.training.trackers import Trackers
 from vlp.types import Batch, nothing_more
 
 OVERRIDES = ("+experiment=quickstart", "objective=[contrastive]", "trainer.max_steps=20")
@@ -90,7 +91,12 @@ def _framework(cfg: Any, batches: list[Batch]) -> float:
         loader=lambda start: _Steps(batches),
     )
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
-        log = MetricsLog(MetricsCsv(Path(directory) / "metrics.csv", after_step=0), every=cfg.trainer.log_every)
+        log = MetricsLog(
+            MetricsCsv(Path(directory) / "metrics.csv", after_step=0),
+            Trackers({}, {}),
+            every=cfg.trainer.log_every,
+            attempt=1,
+        )
         callbacks = [log, Bar(total=len(batches)), _Stamps(stamps)]
         trainer = pl.Trainer(
             accelerator="cpu",

@@ -13,6 +13,7 @@ Each bad step is a line of `bad_steps.jsonl`: the terms of every rank, and the s
 
 import json
 import math
+import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -104,6 +105,16 @@ class Guard:
         self.limits, self.path, self.rewind, self.name_sample = limits, path, rewind, name_sample
         self.memory = Memory(limits.spike_window)
         self.has_rewound = False  # since the last checkpoint: the way back must be saved before the next step
+
+    @classmethod
+    def strict(cls) -> "Guard":
+        """Return a guard that stops at the first bad step and writes nothing down."""
+        return cls(
+            Limits(),
+            path=Path(os.devnull),
+            rewind=lambda: None,
+            name_sample=lambda source, sample: {"key": str(sample), "shard": ""},
+        )
 
     def look(self, norm: Tensor, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Trouble | None:
         """Judge a step by the gradient norm and the global loss, one small all-reduce.

@@ -58,7 +58,8 @@ class Pretraining(pl.LightningModule):
         model: the model family. objectives: name -> module with `inputs`, `count` and `forward` -> Term.
         wirings: name -> role -> node names. weights: name -> factor.
         graph: of the model under the config's views. recipe: see Recipe.
-        loader: first step -> iterable of this rank's StepBatches up to the last step. guard: looks at each step.
+        loader: first step -> iterable of this rank's StepBatches up to the last step.
+        guard: looks at each step; None stops at the first bad one.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Pretraining(pl.LightningModule):
         graph: Graph,
         recipe: Recipe,
         loader: Callable[[int], Any],
-        guard: Guard,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -80,7 +81,7 @@ class Pretraining(pl.LightningModule):
         self.wirings, self.weights, self.graph, self.recipe, self.loader = wirings, weights, graph, recipe, loader
         self.update: Update | None = None  # once the strategy is set up
         self.ema: Ema | None = None
-        self.guard = guard
+        self.guard = guard or Guard.strict()
         self.counters: dict[str, Any] = {name: objective.count for name, objective in objectives.items()}
         self.count_wirings = {name: _count_wiring(objectives[name], wiring) for name, wiring in wirings.items()}
         self.whole_step = WholeStep(objectives, wirings)
