@@ -103,6 +103,11 @@ class MetricsLog(pl.Callback):
         self.waited_s = dist.waited_s
         self.named: set[int] = set()  # slow ranks that have been reported
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Leave what was waited for in the rehearsal out of the first step."""
+        if batch_idx == 0:
+            self.waited_s = dist.waited_s
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

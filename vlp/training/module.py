@@ -89,7 +89,7 @@ class Pretraining(pl.LightningModule):
         self.stored: state.Stored | None = None  # the checkpoint that the run continues from
         self.scale_state: Mapping[str, Any] | None = None  # of the loss, there
         self.last: dict[str, Any] = {}  # what the callbacks show and log
-        self.ended = time.perf_counter()
+        self.ended = self.called = time.perf_counter()
         self.mark: Callable[[str], None] = lambda place: None  # tells the watchdog where in a step this rank is
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -124,6 +124,7 @@ class Pretraining(pl.LightningModule):
 
     def forward(self, number: int, forward: ForwardPass, counts: Mapping[str, Tensor]) -> Combined:
         """Return the loss of micro-batch `number`; the strategies wrap this call."""
+        dist.waited_s += time.perf_counter() - self.called  # in the wrapper, where ranks exchange buffers
         with self.autocast():
             terms = self.terms(number, forward)
         if LOGIT_SCALE in forward.values:  # for the log: under ZeRO-3 it cannot be read between steps
@@ -157,6 +158,8 @@ class Pretraining(pl.LightningModule):
             with update.micro(last=number == len(passes) - 1):
                 self.seed(number)
                 self.mark("forward")
+                self.mark("model")  # one more than a rank that hangs before: the wrapper may wait for it first
+                self.called = time.perf_counter()
                 combined = update.forward(number, forward, counts)
                 self.mark("backward")
                 update.backward(combined.loss)
@@ -185,6 +188,7 @@ class Pretraining(pl.LightningModule):
         forward = ForwardPass(self.model, batch.batches[0], self.graph)
         self.whole_step.prepare([forward], self.seed)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.called = time.perf_counter()
         loss = self(0, forward, global_counts(self.sum_counts([forward]))).loss
         grads = torch.autograd.grad(loss, trained, allow_unused=True)  # past the hooks of data parallelism
         return [parameter for parameter, grad in zip(trained, grads, strict=True) if grad is None]

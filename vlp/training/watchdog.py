@@ -28,6 +28,7 @@ from vlp.training.exits import Exit
 
 FREE_PLACES = ("start", "save", "evaluation", "end")  # may take as long as they take: a stopped process still shows
 _FIRST_STEP = 10  # the first step compiles, warms up and connects: it may take this many times longer
+_GOING_S = 5.0  # for a rank that can still run to leave its stacks
 _LEAVE_S = 20.0  # after the end is declared, a process that has not left by itself is ended
 _BEAT_BYTES = 512  # of one size, so that a full disk refuses no beat
 _PR_SET_PDEATHSIG = 1
@@ -194,6 +195,8 @@ class Watchdog:
     def _hanging(self, beats: dict[int, dict[str, Any]]) -> Ending | None:
         """Find the ranks that are furthest behind, once they have not moved for too long."""
         everyone = {rank: beat for rank, beat in {0: self._values(), **beats}.items() if beat["state"] == "alive"}
+        if not everyone:
+            return None  # all of them are about to leave
         behind = min(_position(beat) for beat in everyone.values())
         culprits = [rank for rank, beat in everyone.items() if _position(beat) == behind]
         beat, now = everyone[culprits[0]], time.monotonic()
@@ -238,7 +241,9 @@ class Watchdog:
                 continue
             process = Process(beat["host"], beat["pid"], beat["born"])
             if process.host == self._own.host and not is_gone(process):
-                time.sleep(2 * self._period_s)  # one that can still run leaves its stacks and goes
+                deadline = time.monotonic() + max(2 * self._period_s, _GOING_S)
+                while not is_gone(process) and time.monotonic() < deadline:
+                    time.sleep(0.1)  # one that can still run leaves its stacks and goes
                 if not is_gone(process):
                     with suppress(ProcessLookupError):
                         os.kill(process.pid, signal.SIGKILL)
