@@ -65,7 +65,7 @@ def csv_rows(
         quoted: False where a quotation mark is a letter like any other.
         encoding: of the file.
     """
-    csv.field_size_limit(_MAX_FIELD)
+    before = csv.field_size_limit(_MAX_FIELD)  # of the whole process
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     with _opened(path, encoding) as file:
         try:
@@ -79,6 +79,8 @@ def csv_rows(
                 yield f"{path} line {reader.line_num}", cut
         except csv.Error as error:
             raise ValueError(f"{path!r} is not a table: {error}.") from error
+        finally:
+            csv.field_size_limit(before)
 
 
 def text_rows(path: str) -> Iterator[tuple[str, str]]:

@@ -176,10 +176,11 @@ def test_the_audit_names_what_is_lost_with_its_reason(tmp_path, capsys):
 
 
 def test_the_audit_counts_captions_bytes_and_hours(tmp_path):
-    videos = download(tmp_path, {"a.mp4": LONG, "b.mp4": clip(30)}, {"a": "one two three", "b": "one"})
+    short = clip(30)
+    videos = download(tmp_path, {"a.mp4": LONG, "b.mp4": short}, {"a": "one two three", "b": "one"})
     assert folder_run(videos) == 0
     train = audit(tmp_path / "out")["splits"]["train"]
-    assert train["bytes"] == len(LONG) + len(clip(30)) and train["hours"] == pytest.approx(3 / 3600, abs=1e-4)
+    assert train["bytes"] == len(LONG) + len(short) and train["hours"] == pytest.approx(3 / 3600, abs=1e-4)
     wanted = {"count": 2, "distinct": 2, "mean_a_sample": 1, "mean_words": 2, "max_words": 3}
     assert train["captions"].items() >= wanted.items()
 

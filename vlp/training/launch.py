@@ -331,7 +331,8 @@ class Attempt:
         for line in refused:
             print(f"checkpoint refused: {line}", file=sys.stderr)
         if stored is None:
-            refuse_silent_start(self.directory, self.record, refused)
+            if self.first:  # the others may look while the first one already writes what is looked for
+                refuse_silent_start(self.directory, self.record, refused)
             return
         if not self.cfg.run.resume:
             message = f"run '{self.cfg.run.name}' exists; set run.resume=true, or choose another run.name."
