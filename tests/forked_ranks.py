@@ -1,9 +1,11 @@
-"""Attempts at a run as a scheduler starts them, without the seconds that importing torch takes: the ranks are forked.
+"""Attempts at a run as a scheduler starts them, without the seconds that importing torch takes.
 
+The ranks are forked from a process that has imported it already (forks.py).
 Each rank is a real process that calls `launch.main` under the environment that torchrun would give it, with real gloo
 collectives and real loader workers. `Strike` does something to a rank at a definite place of a definite step.
 """
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,9 +14,11 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forks
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,7 +57,7 @@ class Strike(NamedTuple):
     step: int
     place: str
     rank: int
-    act: Callable[[], None]
+    act: Callable[[], None]  # at the top of a file, as `Session.before`: it travels to another process
 
 
 class Session(NamedTuple):
@@ -62,6 +66,7 @@ class Session(NamedTuple):
     world_size: int = 1
     strike: Strike | None = None
     before: Callable[[int], None] | None = None  # called in each rank, with its number, before it begins
+    report: bool = False  # whether the page is written at the end, which takes longer than the run
 
 
 class Attempt(NamedTuple):
@@ -95,46 +100,46 @@ def attempt(
     world_size: int = 1,
     strike: Strike | None = None,
     before: Callable[[int], None] | None = None,
-    patience_s: float = 300,
+    report: bool = False,
+    patience_s: float = 120,
 ) -> Attempt:
     """Run all ranks to their end; one that is still there after `patience_s` is killed, with code -9."""
     began = time.monotonic()
-    pids = start(cfg, log=log, session=Session(world_size, strike, before))
-    codes = wait(pids, patience_s=patience_s)
+    ranks = start(cfg, log=log, session=Session(world_size, strike, before, report))
+    codes = wait(ranks, patience_s=patience_s)
     return Attempt(codes, log.read_text(errors="replace"), time.monotonic() - began)
 
 
-def start(cfg: DictConfig, *, log: Path, session: Session) -> list[int]:
-    """Fork the ranks; return their process ids."""
+def start(cfg: DictConfig, *, log: Path, session: Session) -> list[BaseProcess]:
+    """Fork the ranks."""
     values = {"WORLD_SIZE": session.world_size, "LOCAL_WORLD_SIZE": session.world_size}
     values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "VLP_SESSION": uuid.uuid4().hex[:12]}
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pids = []
+    ranks = []
     for rank in range(session.world_size):
-        pid = os.fork()
-        if pid == 0:
-            _be_rank(cfg, log, rank, session, {**values, "RANK": rank, "LOCAL_RANK": rank})
-        pids.append(pid)
-    return pids
+        own = {**values, "RANK": rank, "LOCAL_RANK": rank} if session.world_size > 1 else {}
+        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
+        ranks.append(forks.context().Process(target=_be_rank, args=(cfg, log, rank, session, environment)))
+        ranks[-1].start()
+    return ranks
 
 
-def wait(pids: Sequence[int], *, patience_s: float) -> list[int]:
+def wait(ranks: Sequence[BaseProcess], *, patience_s: float) -> list[int]:
     """Return the exit codes of all ranks, which are killed when the patience ends."""
-    codes: dict[int, int] = {}
     deadline = time.monotonic() + patience_s
-    while len(codes) < len(pids):
-        for pid in set(pids) - codes.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    return [codes[pid] for pid in pids]
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        if rank.is_alive():
+            rank.kill()
+    codes = []
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode is not None
+        codes.append(rank.exitcode)
+    return codes
 
 
-def _be_rank(cfg: DictConfig, log: Path, rank: int, session: Session, values: Mapping[str, object]) -> None:
+def _be_rank(cfg: DictConfig, log: Path, rank: int, session: Session, environment: Mapping[str, str]) -> None:
     code = 99
     try:
         os.setpgrp()  # so that a signal can reach its loader workers too, as a scheduler's does
@@ -142,9 +147,12 @@ def _be_rank(cfg: DictConfig, log: Path, rank: int, session: Session, values: Ma
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # not a test's own
-        if session.world_size > 1:
-            os.environ.update({key: str(value) for key, value in values.items()})
+        os.environ.clear()  # that of the server, from whenever it was started
+        os.environ.update(environment)
         torch.set_num_threads(1)
+        multiprocessing.set_start_method(None, force=True)  # the server's own is not what a rank has
+        if not session.report:
+            launch.write_report = lambda directory: directory
         if session.strike is not None and session.strike.rank == rank:
             _arm(session.strike)
         if session.before is not None:

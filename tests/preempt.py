@@ -14,13 +14,14 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 from exact_resume import committed, whole
 from forked_ranks import Session, changed, start, toy, wait
 
-from vlp.training import launch, ledger
+from vlp.training import ledger
 from vlp.training.exits import Exit
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -30,10 +31,10 @@ EVALUATED = ("eval.every=2", "eval.tasks.retrieval._target_=vlp.eval.retrieval.R
 class Count(NamedTuple):
     """What the preemptions did."""
 
-    preemptions: int  # attempts that were warned before their end
+    preemptions: int  # attempts that ended because they were warned
     lost: int  # steps that were done and not committed
     codes: dict[int, int]  # exit code -> ranks that ended with it
-    early: int  # attempts that were warned before their first step
+    early: int  # of them, before their first step
     different: int  # rows of the ledger whose ids or losses differ from the undisturbed run
     finished: bool
 
@@ -41,7 +42,7 @@ class Count(NamedTuple):
 def run(place: Path, *, preemptions: int, seed: int, worlds: tuple[int, ...] = (1, 2)) -> Count:
     """Preempt one run so often and let it end; every attempt commits only when it is told to."""
     draw, codes, lost, early = random.Random(seed), {}, 0, 0
-    steps = 3 * preemptions
+    steps = 6 * preemptions
     cfg = toy(place, "x", f"trainer.max_steps={steps}", *EVALUATED, "text.config.hidden_dropout_prob=0.0")
     whole(place, cfg, "whole", world=1)
     cfg, run_dir, log = (
@@ -50,31 +51,37 @@ def run(place: Path, *, preemptions: int, seed: int, worlds: tuple[int, ...] = (
         place / "l",
     )
     usual_s = 3.0
-    for number in range(preemptions + 1):
+    preempted = 0
+    while committed(run_dir) < steps:
         world, begin = draw.choice(worlds), len(_rows(run_dir))
         values = {"data__num_workers": draw.randint(0, 2)}
-        pids, began = start(changed(cfg, **values), log=log, session=Session(world)), time.monotonic()
-        if number < preemptions:
-            _warn(pids, draw, usual_s, lambda begin=begin: len(_rows(run_dir)) > begin)
-        for code in wait(pids, patience_s=300):
+        ranks, began = start(changed(cfg, **values), log=log, session=Session(world)), time.monotonic()
+        if preempted < preemptions:
+            _warn(ranks, draw, usual_s, lambda begin=begin: len(_rows(run_dir)) - begin)
+        ended = wait(ranks, patience_s=120)
+        for code in ended:
             codes[code] = codes.get(code, 0) + 1
+        if set(ended) - {Exit.DONE, Exit.PREEMPTED}:
+            break
+        preempted += Exit.PREEMPTED in ended
         usual_s = 0.7 * usual_s + 0.3 * (time.monotonic() - began)
         rows = _rows(run_dir)
-        early += len(rows) == begin
+        early += Exit.PREEMPTED in ended and len(rows) == begin
         lost += rows[-1]["step"] - committed(run_dir) if rows else 0
-    return Count(preemptions, lost, codes, early, _different(place), committed(run_dir) == steps)
+    return Count(preempted, lost, codes, early, _different(place), committed(run_dir) == steps)
 
 
-def _warn(pids: list[int], draw: random.Random, usual_s: float, trains: Callable[[], bool]) -> None:
+def _warn(ranks: list[BaseProcess], draw: random.Random, usual_s: float, num_steps: Callable[[], int]) -> None:
     """Signal at any time of the start, or, twice as often, in the first steps."""
     if draw.random() < 2 / 3:
-        deadline = time.monotonic() + 120
-        while not trains() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0.0, 1.0))
+        wanted = draw.randint(1, 3)
+        while num_steps() < wanted and ranks[0].is_alive():
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.2))
     else:
         time.sleep(draw.uniform(0.0, usual_s))
     number, times = draw.choice(SIGNALS), draw.choice((1, 1, 2))
+    pids = [rank.pid for rank in ranks if rank.pid]
     chosen = pids if draw.random() < 0.6 else [draw.choice(pids)]
     send = os.killpg if draw.random() < 0.5 else os.kill  # a rank leads the group of its workers
     for _ in range(times):
@@ -109,7 +116,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, nargs="*", default=[1, 2])
     given = parser.parse_args()
-    launch.write_report = lambda directory: directory
     with tempfile.TemporaryDirectory() as place:
         print(run(Path(place), preemptions=given.preemptions, seed=given.seed, worlds=tuple(given.world)))
         names = {int(code): code.name for code in Exit}

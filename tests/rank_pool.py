@@ -1,12 +1,12 @@
 """Real processes that form one group over gloo and stay alive for many jobs, each under a watchdog."""
 
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import forks
 import torch
 import torch.distributed as torch_dist
 
@@ -14,10 +14,9 @@ import torch.distributed as torch_dist
 class RankPool:
     """`num_ranks` processes; with one there is no process group, as in a run on one process."""
 
-    def __init__(self, num_ranks: int, *, preload: tuple[str, ...] = ()) -> None:
+    def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "pytorch_lightning", *preload])
+        context = forks.context()
         port = _free_port()
         self.pipes, self.processes = [], []
         for rank in range(num_ranks):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import forks
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
@@ -15,7 +16,7 @@ Work = Callable[[int, int], dict[str, Tensor]]  # (rank, number of ranks) -> wha
 
 def on_ranks(work: Work, num_ranks: int, directory: Path) -> list[dict[str, Tensor]]:
     """Return what `work`, a function at the top of a test file, gives on each rank."""
-    mp.set_forkserver_preload(["safetensors.torch", "torch.distributed"])  # torch is imported once, not by each process
+    forks.context()  # torch is imported once, not by each process
     mp.start_processes(_enter, args=(work, num_ranks, str(directory)), nprocs=num_ranks, start_method="forkserver")
     return [load_file(directory / f"rank{rank}.safetensors") for rank in range(num_ranks)]
 

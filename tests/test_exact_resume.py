@@ -5,20 +5,9 @@ import preempt
 import pytest
 from forked_ranks import toy
 
-from vlp.training import launch
-
 
 @pytest.fixture(scope="module")
-def no_report():
-    """The report takes a second of each attempt, and is no part of what is compared."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(launch, "write_report", lambda directory: directory)
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, no_report):
+def whole(tmp_path_factory):
     """An unbroken run of three ranks, where the layout of the buckets shows in the last bits."""
     place = tmp_path_factory.mktemp("exact")
     cfg = toy(place, "x", "trainer.max_steps=3")
@@ -35,8 +24,9 @@ def test_a_run_struck_in_every_step_is_the_unbroken_one_bit_for_bit(whole, kind)
 
 
 @pytest.mark.slow
-def test_warned_preemptions_lose_no_step(tmp_path, no_report):
+def test_warned_preemptions_lose_no_step(tmp_path):
     count = preempt.run(tmp_path, preemptions=4, seed=2)
+    assert count.preemptions == 4
     assert (count.lost, count.different, count.finished) == (0, 0, True)
     assert set(count.codes) <= {0, 75}
 

@@ -87,7 +87,7 @@ def test_no_file_of_a_failed_run_holds_a_secret_of_its_config(place):
     cfg.schedule = {"_target_": "test_redact.Carrier", "extra": SECRETS}
     cfg.data.videos = SECRETS["s3_signature"]
     cfg.data.captions = SECRETS["url_password"]
-    done = attempt(cfg, log=place / "secrets.log", before=leak)
+    done = attempt(cfg, log=place / "secrets.log", before=leak, report=True)
     assert done.codes == [70]
     run = place / "runs" / "secrets"
     files = [path for path in [*run.rglob("*"), place / "secrets.log"] if path.is_file()]

@@ -1,9 +1,9 @@
 import hashlib
 import io
 import json
-import multiprocessing
 from datetime import timedelta
 
+import forks
 import pytest
 import torch
 import torch.distributed as torch_dist
@@ -127,7 +127,7 @@ def worlds(tmp_path_factory):
     """The files of the same evaluations by one, two and three processes, in folders of that name."""
     folder = tmp_path_factory.mktemp("worlds")
     everything(0, 1, folder)
-    multiprocessing.set_forkserver_preload([__name__])  # imports once for all processes
+    forks.context()  # imports once for all processes
     torch.multiprocessing.start_processes(process, args=(folder,), nprocs=3, start_method="forkserver")
     return folder
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -45,17 +46,19 @@ def server(kind: str) -> Iterator[str]:
         served.shutdown()
 
 
+def log_in(url: str, rank: int) -> None:
+    """Let a rank have a key for the server at `url`, and little patience."""
+    os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "3"}
+    trackers.CLOSE_S = 6.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hole", "503", "401"])
 def test_a_run_is_whole_whatever_the_server_of_wandb_does(place, kind):
     cfg = toy(place, f"wandb-{kind}", "trainer.max_steps=4", "trainer.log_every=1", "logger=[wandb]")
 
-    def before(rank: int) -> None:
-        os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "3"}
-        trackers.CLOSE_S = 6.0
-
     with server(kind) as url:
-        done = attempt(cfg, log=place / f"wandb-{kind}.log", before=before, patience_s=90)
+        done = attempt(cfg, log=place / f"wandb-{kind}.log", before=partial(log_in, url), patience_s=90)
     assert done.codes == [0], done.output[-2000:]
     assert "it goes on offline" in done.output and "Traceback" not in done.output
     assert list((place / "runs" / f"wandb-{kind}" / "wandb").glob(f"offline-run-*/run-wandb-{kind}.wandb"))

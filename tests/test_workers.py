@@ -94,8 +94,9 @@ def test_results_come_in_order_for_any_number_of_workers(num_workers, prefetch):
     assert [pair.job for pair in results] == list(range(9)) and type(results[0]) is Pair
 
 
-def test_spawned_workers_give_the_same():
-    assert ids_of(Work(), Workers(num_workers=1, start_method="spawn")) == PLAIN
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_started_otherwise_give_the_same(start_method):
+    assert ids_of(Work(), Workers(num_workers=1, start_method=start_method)) == PLAIN
 
 
 @pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGSTOP])
@@ -176,19 +177,21 @@ def alive(pid: str) -> bool:
 KEPT = []
 
 
-def trainer(path: Path, deed: signal.Signals | None):
-    results = ordered(Pids(), range(9), FAST)
+def trainer(path: Path, deed: signal.Signals | None, start_method: str):
+    results = ordered(Pids(), range(9), FAST._replace(start_method=start_method))
     KEPT.append(results)  # still open at the end
     path.write_text(f"{next(results)} {next(results)}")
     if deed:
         os.kill(os.getpid(), deed)
 
 
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
 @pytest.mark.parametrize("deed", [None, signal.SIGKILL])
-def test_workers_end_with_the_trainer(tmp_path, deed):
-    process = multiprocessing.get_context("fork").Process(target=trainer, args=(tmp_path / "pids", deed))
+def test_workers_end_with_the_trainer(tmp_path, deed, start_method):
+    args = (tmp_path / "pids", deed, start_method)
+    process = multiprocessing.get_context("spawn").Process(target=trainer, args=args)
     process.start()
-    process.join(10)
+    process.join(60)
     assert process.exitcode == (-deed if deed else 0)
     pids, deadline = (tmp_path / "pids").read_text().split(), time.monotonic() + 10
     while any(map(alive, pids)) and time.monotonic() < deadline:

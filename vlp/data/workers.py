@@ -51,7 +51,7 @@ class Workers(NamedTuple):
     prefetch: int = 2  # jobs in flight for each worker
     stall_s: float = 30.0  # a worker that begins no sample for so long hangs
     max_restarts: int = 5  # within an hour; restarts that one sample explains are not counted
-    start_method: str | None = None  # "fork" or "spawn"; None = the default of the platform
+    start_method: str | None = None  # "fork", "spawn" or "forkserver"; None = the default of the platform
     pin_memory: bool = False  # copy large tensors into page-locked memory, from where a GPU takes them faster
 
 
@@ -298,7 +298,9 @@ def _copy(placed: _Placed, slot: Tensor, pin_memory: bool) -> Tensor:
 
 def _die_with(parent: int) -> None:
     """Leave when the trainer is gone; the end of the pipe does not tell, because forked siblings hold copies of it."""
-    while os.getppid() == parent:
+    trainer, is_child = multiprocessing.parent_process(), os.getppid() == parent
+    assert trainer is not None
+    while os.getppid() == parent if is_child else trainer.is_alive():  # no child of the trainer's: of a fork server
         time.sleep(1)
     os._exit(0)
 
