@@ -232,6 +232,7 @@ class Commit(pl.Callback):
     Args:
         save: (module) -> None, writes a checkpoint. every: steps. wish: of this rank.
         check_replicas_every: steps between comparisons of the ranks' weights; None = never.
+        refuse_stranger: raises where the run directory belongs to another process by now.
     """
 
     def __init__(
@@ -241,8 +242,10 @@ class Commit(pl.Callback):
         every: int,
         wish: Wish,
         check_replicas_every: int | None,
+        refuse_stranger: Callable[[], None] = lambda: None,
     ) -> None:
         self.save, self.every, self.wish, self.check_every = save, every, wish, check_replicas_every
+        self.refuse_stranger = refuse_stranger
         self.stopped = False  # before the last step
         self.why = ""
 
@@ -255,6 +258,7 @@ class Commit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when due; stop on all ranks at the same step."""
+        self.refuse_stranger()
         self.wish.count_step()
         done = pl_module.cursor >= pl_module.recipe.max_steps
         self.stopped = self._agree(pl_module) and not done
