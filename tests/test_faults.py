@@ -10,7 +10,7 @@ import torch
 from forked_ranks import Attempt, Strike, attempt, changed, die, fail, stop, toy
 from omegaconf import DictConfig
 
-from vlp.training import ledger, module, watchdog
+from vlp.training import ledger, metrics_csv, module, watchdog
 from vlp.training.exits import Exit
 
 TIMEOUT_S = 4.0
@@ -137,6 +137,49 @@ def test_a_slow_rank_is_reported_once_with_its_split_of_the_step(place, cfg):
     (line,) = [line for line in done.output.splitlines() if line.startswith("rank 1 is slow at step ")]
     compute, waiting = (float(re.search(f"{name} ([0-9.]+)", line)[1]) for name in ("compute", "for other ranks"))
     assert done.codes == [0, 0] and compute >= 0.25 and waiting < compute
+
+
+def die_slowly() -> None:
+    """Die once the watchdog has written down the step."""
+    time.sleep(2)
+    die()
+
+
+def test_steps_that_are_done_again_are_announced_and_carry_the_number_of_their_attempt(place, cfg):
+    again = changed(cfg, run__name="again", trainer__checkpoint_every=2)
+    attempt(again, log=place / "again1.log", strike=Strike(4, "save", 0, die_slowly))
+    done = attempt(again, log=place / "again2.log")
+    assert done.codes == [0] and re.search("continuing at step 2: [12] later steps were not saved", done.output)
+    rows = metrics_csv.read(place / "runs/again/metrics.csv")
+    found = [(row["step"], row["attempt"]) for row in rows if "train/loss" in row]
+    assert found == [("1", "1"), ("2", "1"), ("3", "2"), ("4", "2")]
+
+
+def jump(rank: int) -> None:
+    """Set the clock of rank 0 a day forward and that of rank 1 a day back, after the second step."""
+    mark, clock = watchdog.Watchdog.mark, time.time
+
+    def jumping(self, place, *, step=None):
+        mark(self, place, step=step)
+        if self.step == 2:
+            time.time = lambda: clock() + (86400, -86400)[rank]
+
+    watchdog.Watchdog.mark = jumping
+
+
+def test_clocks_that_jump_by_a_day_change_no_row_and_end_nothing(place, cfg):
+    values = {"trainer__checkpoint_every": 1, "trainer__max_time_s": 3000.0}
+    runs = {}
+    for name, before in (("steady", None), ("jumping", jump)):
+        log = place / f"{name}.log"
+        done = attempt(changed(cfg, run__name=name, **values), log=log, world_size=2, before=before)
+        assert done.codes == [0, 0], done.output
+        runs[name] = [row for row in ledger.read(place / "runs" / name / "ledger.jsonl") if "step" in row]
+    kept = [[(row["step"], row["ids"], row["loss"], row["weights"]) for row in rows] for rows in runs.values()]
+    assert kept[0] == kept[1] and len(kept[0]) == 4
+    table = metrics_csv.read(place / "runs/jumping/metrics.csv")
+    times = [float(row["time/step_s"]) for row in table if "train/loss" in row]
+    assert all(0 < seconds < 60 for seconds in times)
 
 
 def flip(rank: int) -> None:

@@ -174,10 +174,11 @@ class Saving(pl.Callback):
 
     Args:
         saver: of the run. log: (trainer, step, values) -> None, of the seconds that a commit took.
+        wish: of this rank, which must know how long a save takes.
     """
 
-    def __init__(self, saver: Saver, log: Callable[[Any, int, Mapping[str, float]], None]) -> None:
-        self.saver, self.write = saver, log
+    def __init__(self, saver: Saver, log: Callable[[Any, int, Mapping[str, float]], None], *, wish: Wish) -> None:
+        self.saver, self.write, self.wish = saver, log, wish
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notice a commit or a failure, on all ranks at the same step."""
@@ -192,6 +193,7 @@ class Saving(pl.Callback):
     def _log(self, trainer: Any, pl_module: Any) -> None:
         times, self.saver.times = self.saver.times, {}
         if times:
+            self.wish.count_commit(sum(times.values()))
             self.write(trainer, pl_module.cursor, times)
 
 

@@ -73,9 +73,7 @@ class Stored:
         return {key.removeprefix(start): self.get(key) for key in self.keys() if key.startswith(start)}
 
 
-def save(
-    root: Path, *, step: int, state: State, keep: int, refuse_stranger: Callable[[], None] = lambda: None
-) -> Path:
+def save(root: Path, *, step: int, state: State, keep: int, refuse_stranger: Callable[[], None] = lambda: None) -> Path:
     """Commit a checkpoint and delete the oldest beyond `keep`, but none before two newer ones are known to be valid.
 
     All ranks call it; on one process it is no collective. Rank 0 calls `refuse_stranger` before it touches anything and

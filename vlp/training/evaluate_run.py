@@ -1,6 +1,7 @@
 """Score a trained run: on its own tasks, on one of them, or on a benchmark of conf/task.
 
 python evaluate.py run=runs/NAME
+python evaluate.py run=runs/NAME weights=model.safetensors      (of scripts/convert.py export)
 python evaluate.py run=runs/NAME task=msrvtt_1ka 'data.sources.msrvtt_1ka.test=[DIR/test-*.tar]'
 torchrun --nproc-per-node 4 evaluate.py run=runs/NAME task=didemo
 """
@@ -18,6 +19,7 @@ import torch.distributed as torch_dist
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from torch import nn
 
 from vlp import config, dist
@@ -25,7 +27,7 @@ from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
 from vlp.data.splits import EvaluationSplits
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, prepare, run_dir, state
+from vlp.training import checkpoint, environment, export, prepare, run_dir, state
 from vlp.training.assemble import System, assemble
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
@@ -45,6 +47,15 @@ class Benchmark(NamedTuple):
     num_clips: int | None  # of the published split; another number is marked in the protocol card
 
 
+class Asked(NamedTuple):
+    """What the command line asks for."""
+
+    run: Path
+    task: str | None
+    weights: Path | None  # an exported file in place of the newest checkpoint
+    overrides: list[str]
+
+
 class Trained(NamedTuple):
     """A run with its newest weights, the averaged ones where there are any."""
 
@@ -58,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate the run that the command line names; return the exit code."""
     quiet()
     with _processes():
-        return reported(lambda: _evaluate(*_parse(arguments)))
+        return reported(lambda: _evaluate(_parse(arguments)))
 
 
 def trained(cfg: DictConfig, run: Path) -> Trained:
@@ -82,6 +93,23 @@ def trained(cfg: DictConfig, run: Path) -> Trained:
     digest = hashlib.sha256((stored.path / "manifest.json").read_bytes()).hexdigest()
     subject = {"checkpoint": digest, "weights": "averaged" if average else "last"}
     return Trained(system, module.eval(), int(stored.facts["cursor"]), subject)
+
+
+def exported(cfg: DictConfig, file: Path) -> Trained:
+    """Load a file of `scripts/convert.py export` into the system of a run.
+
+    Raises:
+        config.ConfigError: it is no such file, or does not fit the config.
+    """
+    try:
+        source = export.File(file)
+        system, module = export.filled(cfg, source, averaged=False, ties=True)
+        facts = source.facts()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise config.ConfigError([f"weights={file}: {error}; give a file of scripts/convert.py export."]) from None
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    subject = {"checkpoint": digest, "weights": "averaged" if facts["averaged"] else "last"}
+    return Trained(system, module, int(facts["step"]), subject)
 
 
 def benchmark(name: str) -> Benchmark:
@@ -152,9 +180,10 @@ def splits(cfg: DictConfig, run: Path) -> EvaluationSplits:
         raise config.ConfigError([str(error)]) from None
 
 
-def _parse(arguments: Sequence[str]) -> tuple[Path, str | None, list[str]]:
-    named = dict(word.split("=", 1) for word in arguments if word.startswith(("run=", "task=")))
-    overrides = [word for word in arguments if not word.startswith(("run=", "task="))]
+def _parse(arguments: Sequence[str]) -> Asked:
+    own = ("run=", "task=", "weights=")
+    named = dict(word.split("=", 1) for word in arguments if word.startswith(own))
+    overrides = [word for word in arguments if not word.startswith(own)]
     messages = [
         f"{word}: an evaluation cannot change this; allowed are {', '.join(CHANGEABLE)}"
         for word in overrides
@@ -166,16 +195,18 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, str | None, list[str]]:
         messages.append(f"run={named['run']}: there is no run here (no config.yaml).")
     if messages:
         raise config.ConfigError(messages)
-    return Path(named["run"]), named.get("task"), overrides
+    weights = Path(named["weights"]) if "weights" in named else None
+    return Asked(Path(named["run"]), named.get("task"), weights, overrides)
 
 
-def _evaluate(run: Path, task: str | None, overrides: Sequence[str]) -> int:
-    cfg, num_clips = load_config(run, task, overrides)
+def _evaluate(asked: Asked) -> int:
+    run = asked.run
+    cfg, num_clips = load_config(run, asked.task, asked.overrides)
     if cfg.trainer.num_threads is not None:
         torch.set_num_threads(cfg.trainer.num_threads)
     first = environment.is_first_process()
     with run_dir.locked(run) if first else nullcontext():
-        found = trained(cfg, run)
+        found = trained(cfg, run) if asked.weights is None else exported(cfg, asked.weights)
         data = splits(cfg, run)
         device = _device()
         found.module.to(device)

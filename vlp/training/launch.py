@@ -405,7 +405,7 @@ class Attempt:
         callbacks: list[Any] = [Endings(self._tell), Rehearsal(), self.counting, log, evaluation, commit]
         if cfg.trainer.ledger:
             callbacks.insert(-2, self.ledger)
-        callbacks.append(Saving(self.saver, log.write))
+        callbacks.append(Saving(self.saver, log.write, wish=self.wish))
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
         self._trainer([*callbacks, Marks(self.watchdog.mark)]).fit(self.module)
