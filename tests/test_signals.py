@@ -49,7 +49,7 @@ def beat(run: Path, rank: int) -> dict:
 @pytest.mark.parametrize("number", [signal.SIGUSR1])
 def test_a_signal_while_the_process_imports_ends_it_with_75_and_nothing_to_save(place, number):
     run = started(place, f"early{number}", "trainer.max_steps=2")
-    time.sleep(0.4)  # torch alone takes longer
+    wait_for(lambda: "libtorch" in Path(f"/proc/{run.pid}/maps").read_text())  # the import of torch has begun
     run.send_signal(number)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == Exit.PREEMPTED == 75, output
