@@ -272,12 +272,15 @@ class ClipReader:
         """How many samples have each status in the index, without those that none has."""
         return {reason: int(n) for reason, n in zip(Reason, self._by_reason.sum(axis=0), strict=True) if n}
 
-    def read(self, sample_id: int, epoch: int) -> Sample:
-        """Return a sample; a tombstone if anything is wrong with it, or if `sample_id` is PADDING."""
+    def read(self, sample_id: int, epoch: int, *, loaded: Callable[[], None] = lambda: None) -> Sample:
+        """Return a sample; a tombstone if anything is wrong with it, or if `sample_id` is PADDING.
+
+        `loaded` is called when all its bytes are there, before any of them is looked into.
+        """
         if sample_id == PADDING:
             return self.tombstone(sample_id, epoch, Reason.PADDING)
         try:
-            return self._read(sample_id, sample_key(self.seed, epoch, self.source, sample_id))
+            return self._read(sample_id, sample_key(self.seed, epoch, self.source, sample_id), loaded)
         except SampleError as error:
             return self.tombstone(sample_id, epoch, error.reason, error.detail)
 
@@ -354,7 +357,7 @@ class ClipReader:
             except SampleError:
                 continue  # counted when training reads it
 
-    def _read(self, sample_id: int, key: int) -> Sample:
+    def _read(self, sample_id: int, key: int, loaded: Callable[[], None]) -> Sample:
         index, row = self._locate(sample_id)
         where = (index.key(row), shown(index.shard))
         if index.status(row) != Reason.OK:
@@ -362,6 +365,7 @@ class ClipReader:
         meta = meta_of(index, row, cache=self.cache)
         texts = self.texts(meta, key) if self.train else Texts(meta["captions"][0])
         video = read_part(index, row, "video", cache=self.cache)
+        loaded()
         facts = _facts(index, row, video)
         times_s = [self._times(facts, key, number) for number in range(1 + self.num_more)]
         began = time.perf_counter()

@@ -32,6 +32,7 @@ from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.launch import quiet
 
 CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "paths.", "trainer.num_threads=")
+CHANGEABLE += ("data.decode_timeout_s=",)
 CHANGEABLE += ("data.index_dir=", "data.cache_dir=", "data.cache_gib=", "data.sources.", "clip.sampling_test.")
 TASKS = config.CONF / "task"
 _TASK_KEYS = {"about", "num_clips", "sources", "tasks"}
@@ -141,6 +142,7 @@ def splits(cfg: DictConfig, run: Path) -> EvaluationSplits:
             transforms=[config.build(node, "clip.transforms_test") for node in cfg.clip.transforms_test],
             short_side=cfg.clip.short_side,
             num_workers=cfg.data.num_workers,
+            decode_timeout_s=cfg.data.decode_timeout_s,
             index_dir=cfg.data.index_dir,
             cache=ShardCache(folder, max_bytes=int(cfg.data.cache_gib * 2**30)) if folder else None,
         )
