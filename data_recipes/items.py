@@ -44,6 +44,7 @@ class Recipe(NamedTuple):
     items: Callable[[Any, argparse.Namespace], Iterable[Item]]  # of one row; an exception costs that row only
     arguments: Callable[[argparse.ArgumentParser], Any] | None = None  # adds options of this recipe
     flag: str = "--annotations"  # of its files; the folder recipe has another, which may be left out
+    packed: bool = False  # the videos are lines of .tsv files, see `data_recipes.packed`
     file_splits: bool = True  # each annotation file is of one split; False where rows tell their own
 
 

@@ -44,7 +44,7 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
     Raises:
         ValueError: an option, the folder or an annotation file cannot be used; says what to change.
     """
-    encoding, videos = _encoding(options), Videos(options.videos)
+    encoding, videos = _encoding(options), Videos(options.videos, packed=recipe.packed)
     items, dropped = read_items(recipe, options)
     jobs: dict[str, list[Job]] = {}
     for split, group in items.items():

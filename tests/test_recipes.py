@@ -1,5 +1,6 @@
 """Each recipe on annotation files of the public format, cut down to a few lines, and tiny real videos."""
 
+import base64
 import importlib
 import json
 from pathlib import Path
@@ -44,8 +45,8 @@ def captions(place: Path, split: str) -> dict[str, list[str]]:
     return {key: meta["captions"] for key, meta in metas(place, split).items()}
 
 
-def test_there_are_seventeen_recipes_and_each_tells_its_format_and_source():
-    assert len(RECIPES) == 17
+def test_there_are_eighteen_recipes_and_each_tells_its_format_and_source():
+    assert len(RECIPES) == 18
     for name in RECIPES:
         module = importlib.import_module(f"data_recipes.{name}")
         assert module.RECIPE.name == name and "Format: " in module.__doc__
@@ -361,3 +362,65 @@ def test_a_folder_with_texts_beside_the_videos(place):
         name: [f"words of {name}", "more"] for name in ("a", "sub/b")
     }
     assert len(captions(place, "test")) == 1
+
+
+def packed(*rows: list[str | bytes], end: str = "\n") -> str:
+    """Lines of a TSV of frames: bytes are written as base64."""
+    words = [[base64.b64encode(word).decode() if isinstance(word, bytes) else word for word in row] for row in rows]
+    return "".join("\t".join(row) + end for row in words)
+
+
+RED, WIDE = image("mjpeg"), image("mjpeg", size=(48, 32))
+
+
+def test_violet_frames_are_stored_bit_for_bit(place):
+    text = packed(["v/1", RED, RED], ["v2", '{"class": -1}', WIDE], ["v3", RED])
+    file(place, "videos/img_a.tsv", text)
+    offsets = [0, text.index("v2"), text.index("v3")]
+    file(place, "videos/img_a.lineidx", "".join(f"{offset}\n" for offset in offsets))
+    texts = file(place, "txt_a.json", {"train": {"v/1": ["one", "two"], "v9": ["gone"]}, "val": {"v2": ["three"]}})
+    assert run("violet", place / "videos", "--annotations", texts) == 0
+    made = samples(place / "out", "train")
+    assert captions(place, "val") == {"v2": ["three"]} and list(made) == ["v/1"]
+    assert made["v/1"].meta["captions"] == ["one", "two"] and made["v/1"].video.count(RED) == 2
+    assert made["v/1"].facts[2:5] == (2, 1.0, 2.0)
+    assert dropped(place / "out") == {"v9": "video_missing"}
+
+
+def test_violet_tasks_have_captions_questions_or_choices(place):
+    file(place, "videos/img_a.tsv", packed(["v1", RED], ["v2", RED]))
+    options = {"option_0": "a dog", "option_1": "a cat"}
+    tasks = [{"video": "v1", "caption": ["one", "two"]}, {"video": "v2", "question": "who", "answer": 1, **options}]
+    open_ended = {"test": [{"video": "v1", "question": "how many", "answer": 7}], "ans2label": {"three": 7}}
+    given = [file(place, "txt_a.json", {"train": tasks}), file(place, "txt_b.json", open_ended)]
+    assert run("violet", place / "videos", "--annotations", *given) == 0
+    train, test = metas(place, "train"), metas(place, "test")
+    assert train["v1"] == {"captions": ["one two"]}
+    assert train["v2"]["choices"] == [{"question": "who", "options": ["a dog", "a cat"], "answer": 1}]
+    assert test["v1"]["questions"] == [{"question": "how many", "answer": "three"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (["v1"], "video_empty"),
+        (["v1", "/9j/=="], "video_broken"),
+        (["v1", RED, WIDE], "video_broken"),
+        (["v1", RED[:300]], "video_truncated"),
+        (["v1", "{}", VIDEO], "video_broken"),
+    ],
+)
+def test_a_bad_line_of_violet_is_named_and_costs_itself(place, line, reason):
+    file(place, "videos/img_a.tsv", packed(["v0", RED]) + packed([*line, ""] if len(line) < 2 else line))
+    texts = file(place, "txt_a.json", {"train": {"v0": ["a"], "v1": ["b"]}})
+    assert run("violet", place / "videos", "--annotations", texts) == 0
+    assert dropped(place / "out") == {"v1": reason} and list(captions(place, "train")) == ["v0"]
+
+
+@pytest.mark.parametrize("offsets", ["0\n5\n", "x\n", "0\n9999999\n", ""])
+def test_a_table_of_lines_that_is_not_of_its_file_is_one_clear_line(place, offsets, capsys):
+    file(place, "videos/img_a.tsv", packed(["v0", RED], ["v1", RED]))
+    file(place, "videos/img_a.lineidx", offsets)
+    texts = file(place, "txt_a.json", {"train": {"v0": ["a"]}})
+    assert run("violet", place / "videos", "--annotations", texts) == 78
+    assert "img_a" in (error := capsys.readouterr().err) and "Traceback" not in error and error.count("\n") == 1

@@ -376,6 +376,7 @@ class ClipReader:
         except DecodeError as error:
             raise SampleError(error.reason, *where, error.detail) from error
         decode_s = time.perf_counter() - began
+        index.note(row, "video", video, facts)
         first, *more = self._cut(decoded, [len(each) for each in times_s], key)
         for clip in (first, *more):
             if clip.frames.shape[1:] != self.shape[1:]:
