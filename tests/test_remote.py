@@ -275,7 +275,8 @@ def test_training_data_over_http_equals_local_data(server, world, tmp_path, head
     assert headers_only or far.fingerprint == near.fingerprint
 
 
-def test_training_data_over_s3_equals_local_data(bucket, world, tmp_path):
+def test_training_data_over_s3_equals_local_data(bucket, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "RETRY", Retry())  # nothing fails here, and a busy machine is slow
     shards = [f"{bucket}/w/{Path(shard).name}" for shard in world.shards("train")]
     source = Shards(train=shards, index_dir=str(tmp_path))
     source.prepare()
