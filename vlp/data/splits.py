@@ -8,6 +8,7 @@ import torch
 from vlp.data.columns import IndexFileError
 from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
 from vlp.data.loader import SplitBatches, SplitLoader
+from vlp.data.many_views import parse
 from vlp.data.shard_cache import ShardCache
 from vlp.data.storage import StorageError
 from vlp.data.text import Tokenizer
@@ -22,9 +23,10 @@ class EvaluationSplits:
         sources: name -> source, prepared. tokenizer: of the model.
         sampling, transforms, short_side: see `vlp.data.fields.Clips`.
         num_workers: reading processes of each rank. index_dir, cache: for remote shards.
+        views: "CLIPSxCROPS", see `vlp.data.many_views`; None looks once.
 
     Raises:
-        ValueError: a source has no test sample that can be used, or an index is missing.
+        ValueError: a source has no test sample that can be used, an index is missing, or the views make no sense.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class EvaluationSplits:
         num_workers: int,
         index_dir: str | None,
         cache: ShardCache | None,
+        views: str | None = None,
     ) -> None:
         self.sources, self.tokenizer = dict(sources), tokenizer
         self._index_dir, self._cache = index_dir, cache
         self._workers = Workers(num_workers=num_workers, pin_memory=torch.cuda.is_available())
-        clips = Clips(sampling, transforms, short_side)
+        clips = Clips(sampling, transforms, short_side, views=parse(views, transforms) if views else ())
         self._readers = {name: self._open(number, name, clips) for number, name in enumerate(self.sources)}
 
     def reader(self, source: str, split: str) -> ClipReader:

@@ -34,6 +34,7 @@ class Evaluator:
     Args:
         system: what is evaluated. cfg: its config. data: the test splits. directory: of the run.
         subject: what else a protocol card says of what is scored, such as the digest of its checkpoint.
+        views: how often each clip of `data` is looked at, see `vlp.data.many_views`; None once.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Evaluator:
         *,
         directory: Path,
         subject: Mapping[str, Any] = {},
+        views: str | None = None,
     ) -> None:
         self.cfg, self.data, self.directory, self.subject = cfg, data, directory, dict(subject)
+        self.views = views
         self.is_stopping: Callable[[], Any] = lambda: None
         self.marks: dict[str, str] = {}  # source -> what sets its scores apart from a published protocol
         self.graph = Graph(system.model, fields=Batch._fields, views={})
@@ -57,7 +60,10 @@ class Evaluator:
         self.skipped = {
             name: why
             for name, task in self.tasks.items()
-            if (why := _why_not(task, self.graph, system.trained, self.scorers))
+            if (
+                why := _why_not(task, self.graph, system.trained, self.scorers)
+                or (views and _why_once(task, self.graph))
+            )
         }
         self.tasks = {name: task for name, task in self.tasks.items() if name not in self.skipped}
 
@@ -122,7 +128,7 @@ class Evaluator:
             "crop": plain(clip.transforms_test),
             "resolution": clip.size,
             "short_side": clip.short_side,
-            "views": "one clip, one crop",
+            "views": f"{self.views} (clips x crops), mean of their scores" if self.views else "one clip, one crop",
             "decoder": f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}",
             **({"mark": self.marks[name]} if name in self.marks else {}),
         }
@@ -152,3 +158,17 @@ def _why_not(task: Any, graph: Graph, trained: frozenset[str], scorers: Mapping[
         return str(error)
     untrained = sorted(used - trained)
     return f"no objective trains '{untrained[0]}'" if untrained else ""
+
+
+def _why_once(task: Any, graph: Graph) -> str:
+    """Return why a task cannot look at a clip several times, or ''."""
+    for name in task.needs:
+        todo, seen = [graph.node(name)], set()
+        while todo:
+            node = todo.pop()
+            if node.name == "frames":
+                return f"views are averaged in 'video_embed', and it takes '{name}'"
+            if node.name != "video_embed" and node not in seen:
+                seen.add(node)
+                todo += [need for need in graph.needs(node) if need is not None]
+    return ""
