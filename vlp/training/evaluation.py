@@ -60,10 +60,7 @@ class Evaluator:
         self.skipped = {
             name: why
             for name, task in self.tasks.items()
-            if (
-                why := _why_not(task, self.graph, system.trained, self.scorers)
-                or (views and _why_once(task, self.graph))
-            )
+            if (why := _why_not(task, self.graph, system.trained, self.scorers) or self._why_once(task))
         }
         self.tasks = {name: task for name, task in self.tasks.items() if name not in self.skipped}
 
@@ -117,6 +114,19 @@ class Evaluator:
             embeddings=self.directory / "embeddings" / f"step-{step:06d}.{name}.safetensors",
         )
 
+    def _why_once(self, task: Any) -> str:
+        """Return why a task cannot look at a clip several times, or ''."""
+        for name in task.needs if self.views else ():
+            todo, seen = [self.graph.node(name)], set()
+            while todo:
+                node = todo.pop()
+                if node.name == "frames":
+                    return f"views are averaged in 'video_embed', and it takes '{name}'"
+                if node.name != "video_embed" and node not in seen:
+                    seen.add(node)
+                    todo += [need for need in self.graph.needs(node) if need is not None]
+        return ""
+
     def _protocol(self, fingerprint: str, name: str) -> dict[str, Any]:
         clip = self.cfg.clip
         return {
@@ -158,17 +168,3 @@ def _why_not(task: Any, graph: Graph, trained: frozenset[str], scorers: Mapping[
         return str(error)
     untrained = sorted(used - trained)
     return f"no objective trains '{untrained[0]}'" if untrained else ""
-
-
-def _why_once(task: Any, graph: Graph) -> str:
-    """Return why a task cannot look at a clip several times, or ''."""
-    for name in task.needs:
-        todo, seen = [graph.node(name)], set()
-        while todo:
-            node = todo.pop()
-            if node.name == "frames":
-                return f"views are averaged in 'video_embed', and it takes '{name}'"
-            if node.name != "video_embed" and node not in seen:
-                seen.add(node)
-                todo += [need for need in graph.needs(node) if need is not None]
-    return ""
