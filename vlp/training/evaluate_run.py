@@ -1,8 +1,8 @@
 """Score a trained run: on its own tasks, on one of them, or on a benchmark of conf/task.
 
 python evaluate.py run=runs/NAME
-python evaluate.py run=runs/NAME weights=model.safetensors      (of scripts/convert.py export)
 python evaluate.py run=runs/NAME task=msrvtt_1ka 'data.sources.msrvtt_1ka.test=[DIR/test-*.tar]'
+python evaluate.py run=runs/NAME task=kinetics400 views=4x3
 torchrun --nproc-per-node 4 evaluate.py run=runs/NAME task=didemo
 """
 
@@ -19,7 +19,6 @@ import torch.distributed as torch_dist
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
 from torch import nn
 
 from vlp import config, dist
@@ -27,13 +26,14 @@ from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
 from vlp.data.splits import EvaluationSplits
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, export, prepare, run_dir, state
+from vlp.training import checkpoint, environment, prepare, run_dir, state
 from vlp.training.assemble import System, assemble
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.launch import quiet
 
 CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "paths.", "trainer.num_threads=")
+CHANGEABLE += ("data.decode_timeout_s=",)
 CHANGEABLE += ("data.index_dir=", "data.cache_dir=", "data.cache_gib=", "data.sources.", "clip.sampling_test.")
 TASKS = config.CONF / "task"
 _TASK_KEYS = {"about", "num_clips", "sources", "tasks"}
@@ -52,7 +52,7 @@ class Asked(NamedTuple):
 
     run: Path
     task: str | None
-    weights: Path | None  # an exported file in place of the newest checkpoint
+    views: str | None  # of each clip, "CLIPSxCROPS"
     overrides: list[str]
 
 
@@ -93,23 +93,6 @@ def trained(cfg: DictConfig, run: Path) -> Trained:
     digest = hashlib.sha256((stored.path / "manifest.json").read_bytes()).hexdigest()
     subject = {"checkpoint": digest, "weights": "averaged" if average else "last"}
     return Trained(system, module.eval(), int(stored.facts["cursor"]), subject)
-
-
-def exported(cfg: DictConfig, file: Path) -> Trained:
-    """Load a file of `scripts/convert.py export` into the system of a run.
-
-    Raises:
-        config.ConfigError: it is no such file, or does not fit the config.
-    """
-    try:
-        source = export.File(file)
-        system, module = export.filled(cfg, source, averaged=False, ties=True)
-        facts = source.facts()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise config.ConfigError([f"weights={file}: {error}; give a file of scripts/convert.py export."]) from None
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    subject = {"checkpoint": digest, "weights": "averaged" if facts["averaged"] else "last"}
-    return Trained(system, module, int(facts["step"]), subject)
 
 
 def benchmark(name: str) -> Benchmark:
@@ -158,8 +141,8 @@ def load_config(run: Path, task: str | None, overrides: Sequence[str]) -> tuple[
     return cfg, num_clips
 
 
-def splits(cfg: DictConfig, run: Path) -> EvaluationSplits:
-    """Open the test splits of a config. Raises config.ConfigError."""
+def splits(cfg: DictConfig, run: Path, *, views: str | None = None) -> EvaluationSplits:
+    """Open the test splits of a config, each clip seen once or in several `views`. Raises config.ConfigError."""
     folder = cfg.data.cache_dir
     try:
         return EvaluationSplits(
@@ -169,8 +152,10 @@ def splits(cfg: DictConfig, run: Path) -> EvaluationSplits:
             transforms=[config.build(node, "clip.transforms_test") for node in cfg.clip.transforms_test],
             short_side=cfg.clip.short_side,
             num_workers=cfg.data.num_workers,
+            decode_timeout_s=cfg.data.decode_timeout_s,
             index_dir=cfg.data.index_dir,
             cache=ShardCache(folder, max_bytes=int(cfg.data.cache_gib * 2**30)) if folder else None,
+            views=views,
         )
     except config.ConfigError:
         raise
@@ -181,7 +166,7 @@ def splits(cfg: DictConfig, run: Path) -> EvaluationSplits:
 
 
 def _parse(arguments: Sequence[str]) -> Asked:
-    own = ("run=", "task=", "weights=")
+    own = ("run=", "task=", "views=")
     named = dict(word.split("=", 1) for word in arguments if word.startswith(own))
     overrides = [word for word in arguments if not word.startswith(own)]
     messages = [
@@ -195,22 +180,21 @@ def _parse(arguments: Sequence[str]) -> Asked:
         messages.append(f"run={named['run']}: there is no run here (no config.yaml).")
     if messages:
         raise config.ConfigError(messages)
-    weights = Path(named["weights"]) if "weights" in named else None
-    return Asked(Path(named["run"]), named.get("task"), weights, overrides)
+    return Asked(Path(named["run"]), named.get("task"), named.get("views"), overrides)
 
 
 def _evaluate(asked: Asked) -> int:
-    run = asked.run
+    run, views = asked.run, asked.views
     cfg, num_clips = load_config(run, asked.task, asked.overrides)
     if cfg.trainer.num_threads is not None:
         torch.set_num_threads(cfg.trainer.num_threads)
     first = environment.is_first_process()
     with run_dir.locked(run) if first else nullcontext():
-        found = trained(cfg, run) if asked.weights is None else exported(cfg, asked.weights)
-        data = splits(cfg, run)
+        found = trained(cfg, run)
+        data = splits(cfg, run, views=views)
         device = _device()
         found.module.to(device)
-        evaluator = Evaluator(found.system, cfg, data, directory=run, subject=found.subject)
+        evaluator = Evaluator(found.system, cfg, data, directory=run, subject=found.subject, views=views)
         evaluator.marks = _marks(data, num_clips)
         if not evaluator.tasks:
             raise config.ConfigError([f"task {name}: left out, {why}" for name, why in evaluator.skipped.items()])

@@ -53,13 +53,6 @@ class File:
         """Return "model/NAME" of every tensor."""
         return [f"model/{name}" for name in self._names]
 
-    def facts(self) -> dict[str, Any]:
-        """Return step, config, and whether the weights are averaged. Raises ValueError: another tool wrote the file."""
-        metadata = self._file.metadata() or {}
-        if "vlp" not in metadata:
-            raise ValueError("it does not say which step of which run it holds")
-        return json.loads(metadata["vlp"])
-
     def get(self, key: str) -> Tensor:
         """Return a tensor."""
         return self._file.get_tensor(key.removeprefix("model/"))
