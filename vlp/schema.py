@@ -176,6 +176,7 @@ class Root:
     fusion: Node | None
     decoder: Node | None
     model: Node
+    adapter: Annotated[dict[str, Any], Parts()]  # what is put beside layers of the built model, in order
     optim: Optim
     schedule: Node
     eval: Eval
