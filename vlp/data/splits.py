@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vlp.data.columns import IndexFileError
-from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
+from vlp.data.fields import ClipReader, Clips, Decoder, Sampling, Source, Transform
 from vlp.data.loader import SplitBatches, SplitLoader
 from vlp.data.shard_cache import ShardCache
 from vlp.data.storage import StorageError
@@ -20,7 +20,7 @@ class EvaluationSplits:
 
     Args:
         sources: name -> source, prepared. tokenizer: of the model.
-        sampling, transforms, short_side: see `vlp.data.fields.Clips`.
+        sampling, transforms, short_side, decoder: see `vlp.data.fields.Clips`.
         num_workers: reading processes of each rank. index_dir, cache: for remote shards.
 
     Raises:
@@ -35,6 +35,7 @@ class EvaluationSplits:
         sampling: Sampling,
         transforms: Sequence[Transform],
         short_side: int | None,
+        decoder: Decoder,
         num_workers: int,
         index_dir: str | None,
         cache: ShardCache | None,
@@ -42,7 +43,7 @@ class EvaluationSplits:
         self.sources, self.tokenizer = dict(sources), tokenizer
         self._index_dir, self._cache = index_dir, cache
         self._workers = Workers(num_workers=num_workers, pin_memory=torch.cuda.is_available())
-        clips = Clips(sampling, transforms, short_side)
+        clips = Clips(sampling, transforms, short_side, 0, decoder)
         self._readers = {name: self._open(number, name, clips) for number, name in enumerate(self.sources)}
 
     def reader(self, source: str, split: str) -> ClipReader:

@@ -63,10 +63,10 @@ class LowRank:
         source = module.get_submodule(name)
         assert isinstance(source, nn.Linear)
         if num_parts < 1 or source.out_features % num_parts:
-            raise ValueError(f"layers: {name} has {source.out_features} outputs, which are not {num_parts} equal parts.")
-        layer = LowRankLinear(
-            source, rank=self.rank, alpha=self.alpha, dropout=self.dropout, num_parts=num_parts
-        )
+            raise ValueError(
+                f"layers: {name} has {source.out_features} outputs, which are not {num_parts} equal parts."
+            )
+        layer = LowRankLinear(source, rank=self.rank, alpha=self.alpha, dropout=self.dropout, num_parts=num_parts)
         setattr(module.get_submodule(owner), last, layer)
 
 

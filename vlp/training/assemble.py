@@ -60,7 +60,9 @@ def assemble(cfg: DictConfig) -> System:
 
 def build_part(node: Any, path: str) -> Any:
     """Build a part whose node carries keys of its section beside the arguments of its class."""
-    return config.build({key: value for key, value in plain(node).items() if key not in ("weight", "inputs")}, path)
+    return config.build(
+        {key: value for key, value in plain(node).items() if key not in ("weight", "inputs", "modality")}, path
+    )
 
 
 def plain(node: Any) -> Any:

@@ -140,6 +140,7 @@ def splits(cfg: DictConfig, run: Path) -> EvaluationSplits:
             sampling=config.build(cfg.clip.sampling_test, "clip.sampling_test"),
             transforms=[config.build(node, "clip.transforms_test") for node in cfg.clip.transforms_test],
             short_side=cfg.clip.short_side,
+            decoder=config.build(cfg.clip.decoder, "clip.decoder"),
             num_workers=cfg.data.num_workers,
             index_dir=cfg.data.index_dir,
             cache=ShardCache(folder, max_bytes=int(cfg.data.cache_gib * 2**30)) if folder else None,

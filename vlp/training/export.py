@@ -30,7 +30,7 @@ from vlp.encoders.text import HuggingFaceText
 from vlp.encoders.timm_video import TimmFrames
 from vlp.forward import ForwardPass
 from vlp.layers import low_rank
-from vlp.training import checkpoint, state
+from vlp.training import checkpoint, clip_layouts, published, state
 from vlp.training.assemble import System, assemble, wanted
 from vlp.training.exits import Exit, StopRun
 from vlp.types import Batch, nothing_more
@@ -135,6 +135,34 @@ def export_parts(source: Source, out: Path, *, averaged: bool) -> list[str]:
     return lines
 
 
+def export_clip(source: Source, out: Path, *, kind: str, averaged: bool) -> list[str]:
+    """Write a folder that transformers' CLIPModel or open_clip loads; return the parts that it leaves out.
+
+    Raises:
+        ConfigError: a part that the layout cannot express. StopRun: the folder cannot be written, or its import does
+            not give the tensors of the model.
+    """
+    system, module = filled(source.cfg, source.stored, averaged=averaged)
+    low_rank.merge(module)
+    made = clip_layouts.written(system.model, kind, source.cfg.model)
+    with _kept_if_good(out) as temporary:
+        temporary.mkdir()
+        clip_layouts.save(made, temporary)
+        found = published.import_file(temporary / made.weights, kind).tensors
+        own = state.once(nn.ModuleDict({"model": system.model}))
+        if found.keys() != own.keys() or not all(torch.equal(found[name], own[name]) for name in own):
+            raise StopRun(Exit.BUG, f"{out}: its import is not the model that was exported; nothing was written.")
+        _add_tokenizer(source, temporary)
+    return [f"objective.{name}" for name, part in system.objectives.items() if any(True for _ in part.parameters())]
+
+
+def _add_tokenizer(source: Source, folder: Path) -> None:
+    """Copy the run's tokenizer, if it is a file, beside the weights that it belongs to."""
+    tokenizer = source.cfg.tokenizer.name or str(source.run / "tokenizer.json")
+    if Path(tokenizer).is_file():
+        shutil.copy(tokenizer, folder / "tokenizer.json")
+
+
 def filled(cfg: DictConfig, stored: state.Stored, *, averaged: bool, ties: bool = False) -> tuple[System, nn.Module]:
     """Build the system of a config and fill it; with `ties`, from a file that names a tied tensor more than once."""
     torch.manual_seed(1 if ties else 0)  # so that a tensor that is not filled is seen
@@ -173,10 +201,10 @@ class _Without:
 
 def _batch(cfg: DictConfig) -> Batch:
     draw = torch.Generator().manual_seed(0)
-    size, time, length = cfg.clip.size, cfg.clip.num_frames, cfg.tokenizer.max_length
+    size, time, length = (cfg.clip.size, cfg.clip.width), cfg.clip.num_frames, cfg.tokenizer.max_length
     rows = (_NUM_CLIPS, length)
     return Batch(
-        frames=torch.randint(0, 256, (_NUM_CLIPS, time, size, size, 3), dtype=torch.uint8, generator=draw),
+        frames=torch.randint(0, 256, (_NUM_CLIPS, time, *size, 3), dtype=torch.uint8, generator=draw),
         frame_mask=torch.ones(_NUM_CLIPS, time, dtype=torch.bool),
         times_s=torch.arange(time).float().expand(_NUM_CLIPS, time),
         text_ids=torch.randint(0, cfg.tokenizer.vocab_size, rows, generator=draw),
@@ -225,9 +253,7 @@ def _hugging_face(name: str, part: HuggingFaceText, source: Source, out: Path) -
     place = out / name
     with _kept_if_good(place) as temporary:
         part.model.save_pretrained(temporary, safe_serialization=True)
-        tokenizer = section.name or str(source.run / "tokenizer.json")
-        if Path(tokenizer).is_file():
-            shutil.copy(tokenizer, temporary / "tokenizer.json")
+        _add_tokenizer(source, temporary)
         facts = {"vocab_size": section.vocab_size, "pad_id": section.pad_id, "max_length": section.max_length}
         again = HuggingFaceText(**facts, name=str(temporary))
         again.eval()
