@@ -29,12 +29,7 @@ def with_sound(wave: np.ndarray, *, container: str = "mp4", codec: str = "aac", 
             output.mux(pictures.encode(frame))
         output.mux(pictures.encode())
         frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = RATE, 0
-        chosen = sound.codec_context.format.name
-        resampler = av.AudioResampler(
-            format=chosen, layout="mono", rate=sound.rate, frame_size=sound.frame_size or 1024
-        )
-        for part in [*resampler.resample(frame), *resampler.resample(None)]:
-            output.mux(sound.encode(part))
+        frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
+        output.mux(sound.encode(frame))
         output.mux(sound.encode())
     return file.getvalue()

@@ -72,7 +72,7 @@ def encode_h264(frames: np.ndarray, *, fps: float, sound: np.ndarray | None = No
         container.mux(stream.encode())
         if track is not None and sound is not None:
             frame = av.AudioFrame.from_ndarray(sound[None].astype(np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = RATE, 0
+            frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
             container.mux(track.encode(frame))
             container.mux(track.encode())
     return target.getvalue()

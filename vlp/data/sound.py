@@ -6,9 +6,8 @@
 Axes: T wanted times, N samples, S steps of 10 ms, F frequencies of a spectrum, M mel bands.
 """
 
-import math
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import av
 import numpy as np
@@ -35,6 +34,7 @@ _LOWEST_HZ = 20.0
 _PREEMPHASIS = 0.97
 _SMALLEST = torch.finfo(torch.float32).eps  # energy of silence; its logarithm is above LOWEST
 _LEAD_S = 0.25  # decoded before a window: a decoder that starts in the middle needs some packets
+_SLACK_S = 1.0  # longer than the picture: decoded as a whole, for containers round how long a sound is
 
 
 class LogMel:
@@ -76,23 +76,26 @@ class LogMel:
             packets = [packet for packet in container.demux(stream) if packet.size and packet.pts is not None]
             if not packets:
                 raise DecodeError(Reason.NO_SOUND, "the sound stream has no packets")
-            length_s = _end_s(packets[-1], stream) - _start_s(packets[0], stream)
-            num_steps = math.floor((length_s * RATE - WINDOW) / HOP) + 1  # of the whole sound
+            start_s = max(_start_s(packets[0], stream), float((stream.start_time or 0) * (stream.time_base or 0)))
+            length_s = max(0.0, _end_s(packets[-1], stream) - start_s)
+            cut = partial(_window, stream, packets, start_s)
+            if length_s <= self.num_steps * HOP / RATE + _SLACK_S:
+                wave = _decoded(stream, packets)[0]
+                length_s, cut = len(wave) / RATE, partial(_slice, wave)
+            num_steps = max(1, (round(length_s * RATE) - WINDOW) // HOP + 1)  # of the whole sound
             if num_steps <= self.num_steps:
-                whole = self._steps(samples(stream, packets, 0.0, length_s))
-                return [levels(whole)] * len(times_s)
-            return [self._thirds(stream, packets, float(time_s) / length_s, num_steps) for time_s in times_s]
+                return [levels(self._full(cut(0, round(length_s * RATE))))] * len(times_s)
+            return [self._thirds(cut, float(time_s) / length_s, num_steps) for time_s in times_s]
 
-    def _thirds(self, stream: AudioStream, packets: list[Packet], place: float, num_steps: int) -> np.ndarray:
+    def _thirds(self, cut: "Cut", place: float, num_steps: int) -> np.ndarray:
         """Return a picture whose colours are the three thirds of a long sound, each at `place`, 0 to 1, inside it."""
         starts = np.array_split(np.arange(num_steps - self.num_steps + 1), 3)
         chosen = [int(third[min(int(place * len(third)), len(third) - 1)]) if len(third) else 0 for third in starts]
-        length_s = (self.num_steps * HOP + WINDOW - HOP) / RATE
-        bands = [self._steps(samples(stream, packets, start * HOP / RATE, length_s)) for start in chosen]
-        return np.concatenate([levels(each)[..., :1] for each in bands], axis=-1)
+        length = (self.num_steps - 1) * HOP + WINDOW
+        return np.concatenate([levels(self._full(cut(start * HOP, length)))[..., :1] for start in chosen], axis=-1)
 
-    def _steps(self, wave: Tensor) -> Tensor:
-        """Return [S, M] of exactly `num_steps` steps: cut, or repeated."""
+    def _full(self, wave: Tensor) -> Tensor:
+        """Return the bands [S, M] of samples as exactly `num_steps` steps: cut, or repeated."""
         mel = log_mel(wave, num_mel=self.num_mel)
         return mel.repeat(-(-self.num_steps // len(mel)), 1)[: self.num_steps]
 
@@ -135,31 +138,43 @@ def _mel(hertz: Tensor) -> Tensor:
     return 1127.0 * torch.log1p(hertz / 700.0)
 
 
-def samples(stream: AudioStream, packets: list[Packet], start_s: float, length_s: float) -> Tensor:
-    """Return the samples [N] from `start_s` on, seconds from the first packet; what is not there is silent.
+Cut = Callable[[int, int], Tensor]  # first sample, number of samples -> [N]
 
-    Only packets of that time are decoded. Raises DecodeError if none of them gives samples.
-    """
-    begin = _start_s(packets[0], stream) + start_s
-    wanted = [p for p in packets if _end_s(p, stream) > begin - _LEAD_S and _start_s(p, stream) < begin + length_s]
+
+def _slice(wave: Tensor, start: int, count: int) -> Tensor:
+    return wave[start : start + count]
+
+
+def _window(stream: AudioStream, packets: list[Packet], first_s: float, start: int, count: int) -> Tensor:
+    """Return samples of a sound that begins at `first_s`, decoding only their packets; what is not there is silent."""
+    begin = first_s + start / RATE
+    end = begin + count / RATE
+    wanted = [p for p in packets if _end_s(p, stream) > begin - _LEAD_S and _start_s(p, stream) < end]
+    wave, wave_s = _decoded(stream, wanted)
+    offset = round((begin - wave_s) * RATE)
+    found = wave[max(0, offset) : max(0, offset + count)]
+    return F.pad(found, (min(max(0, -offset), count), count))[:count]
+
+
+def _decoded(stream: AudioStream, packets: list[Packet]) -> tuple[Tensor, float]:
+    """Return the samples [N] of packets and when the first of them is heard. Raises DecodeError if there is none."""
     stream.codec_context.flush_buffers()
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=RATE)
     first_s, parts = None, []
-    for frame in _frames(stream, wanted):
-        first_s = frame.time if first_s is None else first_s
-        parts += [out.to_ndarray()[0] for out in resampler.resample(frame)]
-    parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
-    wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    if not wave.size or first_s is None:
-        raise DecodeError(Reason.NO_SOUND, f"no sample can be decoded from {len(wanted)} packets")
-    offset, count = round((begin - first_s) * RATE), round(length_s * RATE)
-    found = torch.nan_to_num(torch.from_numpy(wave))[max(0, offset) : max(0, offset + count)]
-    lead = min(max(0, -offset), count)
-    return F.pad(found, (lead, count))[:count]
+    try:
+        for frame in _frames(stream, packets):
+            first_s = frame.time if first_s is None else first_s
+            parts += [out.to_ndarray()[0] for out in resampler.resample(frame)]
+        parts += [out.to_ndarray()[0] for out in resampler.resample(None)] if parts else []
+    except ValueError as error:  # the kind of samples changes on the way
+        raise DecodeError(Reason.NO_SOUND, str(error)) from error
+    if first_s is None or not sum(map(len, parts)):
+        raise DecodeError(Reason.NO_SOUND, f"no sample can be decoded from {len(packets)} packets")
+    return torch.nan_to_num(torch.from_numpy(np.concatenate(parts))), first_s
 
 
 def _frames(stream: AudioStream, packets: list[Packet]) -> Iterator[av.AudioFrame]:
-    for packet in packets:
+    for packet in [*packets, None]:
         try:
             yield from stream.codec_context.decode(packet)  # type: ignore[misc]
         except FFmpegError:

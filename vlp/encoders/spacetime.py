@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vlp.layers.attention import SelfAttention, attend
+from vlp.layers.attention import SelfAttention, attend, silence
 from vlp.layers.pool import masked_mean
 
 _EPS = 1e-6  # of the norms of published image transformers

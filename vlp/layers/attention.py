@@ -162,7 +162,7 @@ class SelfAttention(nn.Module):
 
 
 def silence(attn: SelfAttention) -> None:
-    """Let a fresh attention give zero at first: as a residual branch it changes nothing, and its output learns first."""
+    """Let a fresh attention give zero at first: as a residual branch it changes nothing."""
     nn.init.trunc_normal_(attn.qkv.weight, std=0.02, a=-0.04, b=0.04)
     for parameter in (attn.qkv.bias, attn.proj.weight, attn.proj.bias):
         nn.init.zeros_(parameter)
