@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from tiny_runs import overrides
+from safetensors.torch import load_file
+from tiny_runs import overrides, train
 from torch import nn
 
 from vlp import config
 from vlp.layers.low_rank import LowRank, adapted, merge
+from vlp.training import export
 from vlp.training.assemble import assemble
+from vlp.training.exits import Exit
+from vlp.training.init import start_from
 
 
 def stack() -> nn.Module:
@@ -69,6 +73,23 @@ def test_only_the_products_are_trained_and_dropout_is_theirs():
 def test_patterns_that_fit_nothing_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
         LowRank(layers=layers, rank=2, alpha=2.0)(stack())
+
+
+def test_a_run_trains_the_products_alone_and_exports_plain_weights(place, tmp_path):
+    layers = "adapter.low_rank.layers={model.text_encoder.*.query:1}"
+    more = ("objective=[contrastive]", "adapter=[low_rank]", layers, "adapter.low_rank.rank=2", "optim.lr=0.1")
+    assert train(place, "products", *more) == Exit.DONE
+    source, out = export.open_source(place / "runs" / "products"), tmp_path / "plain.safetensors"
+    export.export(source, out, averaged=False)
+    stored, plain = source.stored.under("model"), load_file(out)
+    assert plain.keys() == {name for name in stored if ".lora_" not in name}
+    name = next(name for name in plain if name.endswith("query.weight"))
+    down, up = (stored[name.replace("weight", f"lora_{side}")] for side in ("down", "up"))
+    assert up.abs().max() > 0
+    torch.testing.assert_close(plain[name], stored[name] + 16.0 / 2 * up[0] @ down)
+    again = assemble(config.load(overrides(place, "plain", "objective=[contrastive]", f"init.run={out}")))
+    report = start_from(nn.ModuleDict({"model": again.model}), out)
+    assert not report.missing and not report.left_over
 
 
 def test_a_wrong_pattern_is_one_line_of_the_config(place):
