@@ -20,9 +20,9 @@ def png(values: np.ndarray) -> bytes:
 
 
 def test_sixteen_bits_in_millimetres_are_levels_up_to_the_furthest():
-    values = np.tile(np.array([0, 2000, 5000, 10_000, 60_000], np.uint16), (4, 1))
+    values = np.tile(np.array([0, 2000, 6000, 10_000, 60_000], np.uint16), (4, 1))
     frames = Depth()(png(values), TIMES, short_side=None).frames
-    assert frames.shape == (2, 4, 5, 3) and frames[1, 2, :, 1].tolist() == [0, 51, 128, 255, 255]
+    assert frames.shape == (2, 4, 5, 3) and frames[1, 2, :, 1].tolist() == [0, 51, 153, 255, 255]
     assert Depth(most=5000)(png(values), TIMES, short_side=None).frames[0, 0, :, 0].tolist() == [0, 102, 255, 255, 255]
 
 

@@ -78,7 +78,7 @@ def test_the_world_can_be_heard(tmp_path):
     from vlp.data.sound import levels, log_mel
 
     expected = levels(log_mel(torch.from_numpy(wave), num_mel=32))[..., 0]
-    assert np.corrcoef(picture.flatten(), expected.flatten())[0, 1] > 0.9
+    assert np.corrcoef(picture.flatten(), expected.flatten())[0, 1] > 0.7
 
 
 @pytest.fixture(scope="module")

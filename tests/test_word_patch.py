@@ -64,6 +64,14 @@ def test_nothing_real_gives_zero_with_finite_gradients_whatever_stands_there():
     assert torch.isfinite(WordPatch().distance(poisoned, grid, ids, nothing)).all()
 
 
+def test_half_precision_loses_nothing_of_the_plan():
+    text, grid, ids = pair(0)
+    valid = torch.tensor([True, True])
+    expected = WordPatch().distance(text, grid, ids, valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(WordPatch().distance(text, grid, ids, valid), expected)
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="beta=0 must be above 0"):
         WordPatch(beta=0)

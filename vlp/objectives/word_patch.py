@@ -77,9 +77,10 @@ class WordPatch(nn.Module):
             for each, real in ((text.x, words), (cells, there))
         )
         both = words[:, :, None] & there[:, None]
-        cost = torch.where(both, 1 - torch.einsum("bld,bsd->bls", x, y), 0.0)  # [B, L, S]
-        plan = transport(cost.detach(), words, there, beta=self.beta, num_steps=self.num_steps)
-        return (cost * plan).sum((1, 2))
+        with torch.autocast(text.x.device.type, enabled=False):  # the plan's shares underflow in half precision
+            cost = torch.where(both, 1 - torch.einsum("bld,bsd->bls", x, y), 0.0)  # [B, L, S]
+            plan = transport(cost.detach(), words, there, beta=self.beta, num_steps=self.num_steps)
+            return (cost * plan).sum((1, 2))
 
 
 @torch.no_grad()

@@ -45,7 +45,8 @@ def audit(cfg: DictConfig) -> str:
         matched = fnmatch.filter(names, pattern.removeprefix("!"))
         verb = "trains again" if pattern.startswith("!") else "freezes"
         lines.append(f"optim.freeze '{pattern}' {verb} {len(matched)}: {', '.join(_folded(matched))}")
-    beside = [f"{layer}.{own}" for layer in adapted(planned.module) for own in ("weight", "bias")]
+    layers = adapted(planned.module)
+    beside = [f"{layer}.{own}" for layer in layers for own in ("weight", "bias") if f"{layer}.{own}" in names]
     if beside:
         lines.append(f"adapters leave as they are {len(beside)}: {', '.join(_folded(beside))}")
     frozen = [name for name, parameter in names.items() if not parameter.requires_grad]

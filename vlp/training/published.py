@@ -125,10 +125,6 @@ def _row(name: str, index: int) -> Callable[[Tensors], Tensor | None]:
     return lambda tensors: tensors[name].reshape(-1, tensors[name].shape[-1])[index] if name in tensors else None
 
 
-def _first(tensor: Tensor) -> Tensor:
-    return tensor[0]
-
-
 def _violet_places(tensor: Tensor) -> Tensor:
     """Rows 1 to 49 of the table are the 7 x 7 cells of a frame of 224 pixels; the others are never read."""
     return rearrange(table(tensor)[1:50], "(h w) d -> h w d", h=7)
@@ -136,7 +132,6 @@ def _violet_places(tensor: Tensor) -> Tensor:
 
 _POOLER = "the pooling layer is no part of vlp's heads"
 _SEGMENT = "its first row is added to the positions"
-_OVER_FRAMES = "a head over frames, in place of their mean"
 _INDEX = "computed from the shape of the window"
 _BUFFER = "numbers of positions, no weights"
 
