@@ -32,10 +32,12 @@ from vlp.data.index import (
     open_index,
     read_part,
 )
+from vlp.data.many_views import Fixed, View
 from vlp.data.plan import PADDING
 from vlp.data.probe import ProbeError, VideoFacts, probe
 from vlp.data.remote import is_remote, shown
 from vlp.data.rng import generator, sample_key
+from vlp.data.sampling import Draws
 from vlp.data.shard_cache import ShardCache
 from vlp.data.tar import TarError
 from vlp.data.texts import OneCaption, TextChoice, Texts
@@ -168,7 +170,7 @@ class Sampling(Protocol):
     @property
     def num_frames(self) -> int: ...
 
-    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray: ...
+    def __call__(self, duration_s: float, fps: float, rng: Draws | None) -> np.ndarray: ...
 
 
 class Clips(NamedTuple):
@@ -178,6 +180,7 @@ class Clips(NamedTuple):
     transforms: Sequence[Transform]
     short_side: int | None  # pixels of the shorter side when decoded; None = as coded
     num_more: int = 0  # other clips of a training sample
+    views: Sequence[View] = ()  # of a test sample; none looks once, with the sampling and the transforms above
 
     def shape(self) -> tuple[int, int, int, int]:
         """Return [T, H, W, 3] of every clip. Raises ValueError if its size depends on the video."""
@@ -196,7 +199,7 @@ class Clips(NamedTuple):
     def transformed(self, frames: np.ndarray, key: int, number: int = 0) -> np.ndarray:
         """Apply all transforms to frames [T, H, W, 3] with the randomness of clip `number` of a sample."""
         rng = generator(key, _purpose("crop", number))
-        for transform in self.transforms:
+        for transform in self.views[number].transforms if self.views else self.transforms:
             frames = transform(frames, rng)
         return frames
 
@@ -249,7 +252,7 @@ class ClipReader:
         self._ahead: list[int] = []
         self.clips, self.seed, self.source, self.train = clips, seed, source, train
         self.shards, self.shape = list(shards), clips.shape()
-        self.num_more = clips.num_more if train else 0
+        self.num_more = clips.num_more if train else max(0, len(clips.views) - 1)
         self._by_reason = np.zeros((len(self.shards), len(Reason)), dtype=np.int64)
         self.fingerprint = fingerprint(self._opened())
         self._ends = np.cumsum(self._by_reason.sum(axis=1))
@@ -387,7 +390,10 @@ class ClipReader:
 
     def _times(self, facts: VideoFacts, key: int, number: int) -> np.ndarray:
         """Return the times [T] of clip `number` of a sample, 0 the first."""
-        rng = generator(key, _purpose("times", number)) if self.train else None
+        if self.train:
+            rng = generator(key, _purpose("times", number))
+        else:
+            rng = Fixed(self.clips.views[number].time) if self.clips.views else None
         return self.clips.sampling(facts.duration_s, facts.fps, rng)
 
     def _cut(self, decoded: Decoded, lengths: Sequence[int], key: int) -> list[Clip]:
