@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.data.decode import DecodeError, decode
+from vlp.data.decode import DecodeError
 from vlp.data.probe import ProbeError, probe
 from vlp.data.text import Tokenizer
 from vlp.forward import ForwardPass, Graph
@@ -70,7 +70,8 @@ class Loaded:
             length = facts.duration_s / count
             choose = config.build(self.cfg.clip.sampling_test)
             times = [choose(length, facts.fps, None) + length * number for number in range(count)]
-            frames = decode(data, np.concatenate(times), short_side=self.cfg.clip.short_side).frames
+            look = config.build(self.cfg.clip.decoder)
+            frames = look(data, np.concatenate(times), short_side=self.cfg.clip.short_side).frames
         except (ProbeError, DecodeError) as error:
             raise ValueError(f"{path}: {error}") from error
         for node in self.cfg.clip.transforms_test:
@@ -81,7 +82,7 @@ class Loaded:
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors [N, E] of texts."""
-        frames = torch.zeros(len(texts), 1, self.cfg.clip.size, self.cfg.clip.size, 3, dtype=torch.uint8)
+        frames = torch.zeros(len(texts), 1, self.cfg.clip.size, self.cfg.clip.width, 3, dtype=torch.uint8)
         return self._take("text_embed", frames, texts)
 
     def similarity(self, videos: str | Path | Sequence[str | Path], texts: Sequence[str]) -> Tensor:
@@ -104,7 +105,7 @@ class Loaded:
         try:
             facts = probe(data)
             times_s = config.build(clip.sampling_test)(facts.duration_s, facts.fps, None)
-            frames = decode(data, times_s, short_side=clip.short_side).frames
+            frames = config.build(clip.decoder)(data, times_s, short_side=clip.short_side).frames
         except (ProbeError, DecodeError) as error:
             raise ValueError(f"{path}: {error}") from error
         for node in clip.transforms_test:

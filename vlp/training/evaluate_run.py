@@ -151,6 +151,7 @@ def splits(cfg: DictConfig, run: Path, *, views: str | None = None) -> Evaluatio
             sampling=config.build(cfg.clip.sampling_test, "clip.sampling_test"),
             transforms=[config.build(node, "clip.transforms_test") for node in cfg.clip.transforms_test],
             short_side=cfg.clip.short_side,
+            decoder=config.build(cfg.clip.decoder, "clip.decoder"),
             num_workers=cfg.data.num_workers,
             decode_timeout_s=cfg.data.decode_timeout_s,
             index_dir=cfg.data.index_dir,
