@@ -111,7 +111,7 @@ def preview(plan: Plan) -> Iterator[str]:
     seconds_a_byte = _seconds_a_byte([each for group in work.values() for each in group], plan)
     yield f"{'split':10}{'annotated':>11}{'found':>8}{'shards':>8}{'MB':>10}{'hours':>8}"
     for split, group in work.items():
-        num_bytes = sum({each.file.path: each.file.size for each in group}.values())
+        num_bytes = sum({each.file: each.file.size for each in group}.values())
         seconds = sum(_seconds(each, seconds_a_byte) for each in group)
         shards = sum(bool(job.work) for job in plan.jobs[split])
         yield (

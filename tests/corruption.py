@@ -210,8 +210,8 @@ def _fresh_outcome(index: ShardIndex, row: int | None, parts: dict[str, bytes]) 
         assert index.detail(row), "a reason has a detail"
         return "named"
     found = {name: read_part(index, row, name) for name in PARTS if index.part(row, name)}
-    if index.info.damage and found.keys() < parts.keys():
-        return "partial"  # cut in the middle, and taken for a whole one
+    if index.info.damage and row == len(index) - 1 and found.keys() < parts.keys():
+        return "partial"  # cut in the middle, and taken for a whole one; before that no reader can know of a member
     return "identical" if found == parts else "unseen"
 
 

@@ -372,7 +372,7 @@ def test_references_that_lead_nowhere_are_refused(conf, reference):
         ("run.stop_after=0", "run.stop_after: 0 is not possible; it must be at least 1."),
         ("eval.every=-1", "eval.every: -1 is not possible; it must be at least 1."),
         ("data.num_workers=-1", "data.num_workers: -1 is not possible; it must be 0 or more."),
-        ("data.decode_timeout_s=0", "data.decode_timeout_s: 0.0 is not possible; it must be above 0."),
+        ("data.decode_timeout_s=0", "data.decode_timeout_s: 0 is not possible; it must be above 0."),
         ("clip.more_clips=-1", "clip.more_clips: -1 is not possible; it must be 0 or more."),
         ("optim.lr=0.0", "optim.lr: 0.0 is not possible; it must be above 0."),
         ("optim.lr=nan", "optim.lr: nan is not possible; it must be above 0."),
