@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
             command.add_argument("--to", dest="kind", choices=list(clip_layouts.LAYOUTS), help="a layout of CLIP")
     command = commands.add_parser("import", help=_import.__doc__)
     command.add_argument("--from", dest="kind", required=True, choices=list(published.LAYOUTS))
-    command.add_argument("source", type=Path, metavar="FILE")
+    command.add_argument("source", type=Path, metavar="FILE", help="or a folder with model.safetensors")
     command.add_argument("out", type=Path, metavar="OUT.safetensors")
     command.set_defaults(run=_import)
     command = commands.add_parser("run", help=_run.__doc__)

@@ -100,6 +100,14 @@ def test_clip_of_hugging_face_gives_the_same_embeddings():
     torch.testing.assert_close(forward.take("logit_scale"), source.logit_scale.exp())
 
 
+def test_a_folder_of_hugging_face_is_taken_by_its_weights(tmp_path):
+    with pytest.raises(config.ConfigError, match=r"model\.safetensors' does not exist"):
+        published.import_file(tmp_path, "hf_clip")
+    hugging_face().save_pretrained(tmp_path)
+    found, same = published.import_file(tmp_path, "hf_clip"), published.convert(hugging_face().state_dict(), "hf_clip")
+    assert found.tensors.keys() == same.tensors.keys()
+
+
 @torch.no_grad()
 def test_openai_names_hold_the_same_tensors_as_hugging_faces():
     source = hugging_face().state_dict()

@@ -116,7 +116,7 @@ def test_a_reader_gives_pictures_of_sound_and_tombstones_without(tmp_path):
         Raw("b", clip(), "mp4", {"captions": ["none"]}),
     ]
     write_shards(iter(made), str(tmp_path), prefix="x", max_samples_per_shard=2)
-    clips = Clips(Segments(num_frames=1), [], 64, 0, LogMel(num_mel=16, num_steps=30))
+    clips = Clips(Segments(num_frames=1), [], 64, decoder=LogMel(num_mel=16, num_steps=30))
     reader = ClipReader([str(tmp_path / "x-000000.tar")], clips=clips, seed=0, source=0, train=True)
     assert reader.shape == (1, 16, 30, 3)
     first, second = reader.read(0, 0), reader.read(1, 0)

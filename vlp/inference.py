@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlp import config
@@ -17,7 +15,7 @@ from vlp.data.decode import DecodeError
 from vlp.data.probe import ProbeError, probe
 from vlp.data.text import Tokenizer
 from vlp.forward import ForwardPass, Graph
-from vlp.training import checkpoint, prepare, state
+from vlp.training import checkpoint, prepare, state, stored_config
 from vlp.training.assemble import assemble
 from vlp.types import Batch, nothing_more
 
@@ -38,7 +36,7 @@ class Loaded:
         stored, refused = checkpoint.newest_valid(run / "checkpoints")
         if stored is None:
             raise ValueError(f"{run}: there is no valid checkpoint {refused or ''}; train the run further.")
-        self.cfg = DictConfig(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        self.cfg = stored_config.read(run)
         messages = config.check(self.cfg)  # the file may come from a stranger: it is data, checked like any config
         if messages:
             raise ValueError(f"{run / 'config.yaml'}: {'; '.join(messages)}")

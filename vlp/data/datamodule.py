@@ -70,8 +70,8 @@ class VideoTextData:
         cache: ShardCache | None = None,
         balance: bool = False,
         more_clips: int = 0,
-        decoder: Decoder | None = None,
         decode_timeout_s: float = DECODE_S,
+        decoder: Decoder | None = None,
     ) -> None:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
         self.sources, self.weights = dict(sources), {name: float(weights[name]) for name in sources}
@@ -81,8 +81,8 @@ class VideoTextData:
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
         self._index_dir, self._cache, self._texts = index_dir, cache, texts
         clips = {
-            "train": Clips(sampling_train, transforms_train, short_side, more_clips, decoder or Pictures()),
-            "test": Clips(sampling_test, transforms_test, short_side, 0, decoder or Pictures()),
+            "train": Clips(sampling_train, transforms_train, short_side, more_clips, decoder=decoder or Pictures()),
+            "test": Clips(sampling_test, transforms_test, short_side, decoder=decoder or Pictures()),
         }
         self._readers = {
             (name, split): self._open(name, split, clips[split]) for name in self.sources for split in SPLITS

@@ -196,8 +196,8 @@ class Clips(NamedTuple):
     transforms: Sequence[Transform]
     short_side: int | None  # pixels of the shorter side when decoded; None = as coded
     num_more: int = 0  # other clips of a training sample
-    decoder: Decoder = Pictures()
     views: Sequence[View] = ()  # of a test sample; none looks once, with the sampling and the transforms above
+    decoder: Decoder = Pictures()
 
     def shape(self) -> tuple[int, int, int, int]:
         """Return [T, H, W, 3] of every clip. Raises ValueError if its size depends on the video."""

@@ -45,7 +45,8 @@ class EvaluationSplits:
     ) -> None:
         self.sources, self.tokenizer = dict(sources), tokenizer
         self._index_dir, self._cache = index_dir, cache
-        clips = Clips(sampling, transforms, short_side, 0, decoder, parse(views, transforms) if views else ())
+        looks = parse(views, transforms) if views else ()
+        clips = Clips(sampling, transforms, short_side, views=looks, decoder=decoder)
         self._readers = {name: self._open(number, name, clips) for number, name in enumerate(self.sources)}
         self._workers = workers_for(self._readers.values(), num_workers=num_workers, decode_s=decode_timeout_s)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,7 +29,7 @@ from vlp.encoders.text import HuggingFaceText
 from vlp.encoders.timm_video import TimmFrames
 from vlp.forward import ForwardPass
 from vlp.layers import low_rank
-from vlp.training import checkpoint, clip_layouts, published, state
+from vlp.training import checkpoint, clip_layouts, published, state, stored_config
 from vlp.training.assemble import System, assemble, wanted
 from vlp.training.exits import Exit, StopRun
 from vlp.types import Batch, nothing_more
@@ -80,7 +79,7 @@ def open_source(path: Path) -> Source:
             lines = "; ".join(refused) or "train the run first"
             raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{path} holds no valid checkpoint: {lines}.")
         stored, run = found, path
-        cfg = DictConfig(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        cfg = stored_config.read(path)
     else:
         raise config.ConfigError([f"{path}: neither a run (config.yaml) nor a checkpoint (manifest.json) is here."])
     messages = config.check(cfg)  # it may come from a stranger: it is data, checked like any config

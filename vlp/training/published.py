@@ -76,11 +76,14 @@ def renamed(tensors: Mapping[str, Tensor], rules: Iterable[Rule], asked: str) ->
 def import_file(path: Path, kind: str) -> Imported:
     """Read and rename a published checkpoint; pickled objects beside tensors are refused.
 
+    Args:
+        path: of the file, or of a folder as Hugging Face writes it, with model.safetensors.
+
     Raises:
         config.ConfigError: no such file, objects in it, an unknown kind or tensor.
     """
     try:
-        return convert(read_weights(str(path)), kind)
+        return convert(read_weights(str(path / "model.safetensors" if path.is_dir() else path)), kind)
     except config.ConfigError:
         raise
     except ValueError as error:
