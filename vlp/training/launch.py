@@ -311,7 +311,7 @@ class Attempt:
         section = self.cfg.init
         if section.run is None or checkpoint.all_steps(self.directory / "checkpoints"):
             return
-        report = init.start_from(module, Path(section.run), skip=section.skip)
+        report = init.start_from(module, Path(section.run), skip=section.skip, rename=plain(section.rename))
         if self.first:
             init.save(report, self.directory)
             print(report.text(), flush=True)
