@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlp.encoders.codebook import DiscreteVae, PatchCodebook, k_means, _nearest
+from vlp.encoders.codebook import DiscreteVae, PatchCodebook, _nearest, k_means
 
 B, T, HEIGHT, WIDTH, PATCH = 2, 3, 16, 24, 8
 

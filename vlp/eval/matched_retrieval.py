@@ -44,7 +44,12 @@ class MatchedRetrieval:
 
     def protocol(self) -> dict[str, Any]:
         chosen = "all" if self.max_captions is None else f"first {self.max_captions}"
-        return {"captions": chosen, "searched": f"first {self.num_clips} clips", "by": self.by.protocol(), "ties": "lost"}
+        return {
+            "captions": chosen,
+            "searched": f"first {self.num_clips} clips",
+            "by": self.by.protocol(),
+            "ties": "lost",
+        }
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
         self.data, self.clips = data, list[int]()

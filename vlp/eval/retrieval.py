@@ -64,7 +64,9 @@ class Retrieval:
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
         self.data, self.scale = data, 1.0
-        self.pairs = Pairs(data, lambda forward: scorers["matching"](forward.take("fused_text"))) if self.rerank else None
+        self.pairs = (
+            Pairs(data, lambda forward: scorers["matching"](forward.take("fused_text"))) if self.rerank else None
+        )
         self.videos: list[Part] = []
         self.texts: list[Part] = []  # the captions of one clip in their order
 

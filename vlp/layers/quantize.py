@@ -50,7 +50,7 @@ class Quantizer(nn.Module):
 
 
 def nearest(vectors: Tensor, table: Tensor) -> Tensor:
-    """Return for each of [N, E] the most similar of [K, E], both unit vectors, as [N] int64; of equal ones the first."""
+    """Return for each of [N, E] the most similar of [K, E], both unit vectors: [N] int64; of equal ones the first."""
     with torch.autocast(vectors.device.type, enabled=False):
         parts = [(part.float() @ table.float().T).argmax(1) for part in vectors.split(_CHUNK)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=vectors.device)

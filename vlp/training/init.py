@@ -52,9 +52,7 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def start_from(
-    module: nn.Module, source: Path, *, skip: Sequence[str] = (), rename: Mapping[str, str] = {}
-) -> Report:
+def start_from(module: nn.Module, source: Path, *, skip: Sequence[str] = (), rename: Mapping[str, str] = {}) -> Report:
     """Fill weights and buffers of `module` from an earlier run, as far as names and shapes agree.
 
     Args:
