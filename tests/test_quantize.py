@@ -1,4 +1,4 @@
-"""Vectors to codes, their gradient, and what keeps them together. Axes: B clips, T frames, h w cells, D and E widths."""
+"""Vectors to codes, their gradient, and what keeps both together. Axes: B clips, T frames, h w cells, D E widths."""
 
 import torch
 import torch.nn.functional as F

@@ -16,8 +16,8 @@ from vlp import dist
 from vlp.eval import strips
 from vlp.eval.captions import Captions
 from vlp.eval.decoding import Beam
-from vlp.eval.questions import ByCosine, ByVocabulary, MultipleChoice, OpenEnded
 from vlp.eval.matched_retrieval import MatchedRetrieval
+from vlp.eval.questions import ByCosine, ByVocabulary, MultipleChoice, OpenEnded
 from vlp.eval.retrieval import Retrieval
 from vlp.eval.runner import evaluate, flat_scores
 from vlp.eval.temporal_probe import TemporalProbe
