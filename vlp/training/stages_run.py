@@ -55,18 +55,16 @@ def check(plan: Stages) -> list[DictConfig]:
     Raises:
         config.ConfigError: all findings, each with its stage.
     """
-    messages, configs = [], list[DictConfig]()
+    messages, configs, runs = [], list[DictConfig](), "runs"
     for number, stage in enumerate(plan.stages):
         try:
-            runs = str(configs[0].paths.runs) if configs else ""
             cfg = config.load(stages.starting(plan, number, runs))
+            runs = cfg.paths.runs
             with torch.device("meta"):
                 assemble(cfg)
             configs.append(cfg)
         except config.ConfigError as error:
             messages += [f"{message} (in {stage.name})" for message in error.messages]
-            if not configs:  # where the runs lie is unknown
-                break
     if messages:
         raise config.ConfigError(messages)
     return configs
