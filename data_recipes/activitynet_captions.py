@@ -2,7 +2,7 @@
 
 Format: train.json, val_1.json, val_2.json: {"v_ID": {"duration": s, "timestamps": [[start, end]], "sentences": [..]}}.
 Both val files describe the same videos. Papers on retrieval train on train and test on val_1, with all sentences joined
-into one paragraph, which is the first caption here.
+into one paragraph, which is the caption here; with --texts sentences each sentence is a caption of the video.
 Source: the download page of the dataset (Krishna et al., arXiv:1705.00754).
 """
 
@@ -26,12 +26,15 @@ def items(row: tuple[str, dict[str, Any]], options: argparse.Namespace) -> Itera
     name, video = row
     spans = [sorted(span) for span in video["timestamps"]]  # a few are written backwards
     events = [moment(text, *span) for text, span in zip(video["sentences"], spans, strict=True)]
-    paragraph = " ".join(event["text"] for event in events)
-    return unit_items(options.unit, Item(name, name, [paragraph]), events)
+    sentences = [event["text"] for event in events]
+    captions = [" ".join(sentences)] if options.texts == "paragraph" else sentences
+    return unit_items(options.unit, Item(name, name, captions), events)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_unit(parser, default="video")
+    text = "captions of a whole video: all sentences as one, or each (default: paragraph)"
+    parser.add_argument("--texts", choices=("paragraph", "sentences"), default="paragraph", help=text)
 
 
 RECIPE = Recipe(

@@ -191,6 +191,9 @@ def _build(plan: Plan, options: argparse.Namespace) -> int:
         dropped = [*plan.dropped, *repeated, *(item for made in records.values() for r in made for item in r.dropped)]
         report = audit.make_audit(plan, records, dropped, alike)
         audit.save(options.out, report, dropped)
+        for name, lines in plan.lists.items():
+            with storage.replacing(os.path.join(options.out, name)) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
     print("\n".join(audit.page(report)))
     if not any(split["written"] for split in report["splits"].values()):
         return _failed(EXIT_NOTHING, f"nothing is usable; {os.path.join(options.out, audit.DROPPED)} says why.")

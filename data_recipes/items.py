@@ -44,7 +44,9 @@ class Recipe(NamedTuple):
     items: Callable[[Any, argparse.Namespace], Iterable[Item]]  # of one row; an exception costs that row only
     arguments: Callable[[argparse.ArgumentParser], Any] | None = None  # adds options of this recipe
     flag: str = "--annotations"  # of its files; the folder recipe has another, which may be left out
+    packed: bool = False  # the videos are lines of .tsv files, see `data_recipes.packed`
     file_splits: bool = True  # each annotation file is of one split; False where rows tell their own
+    lists: dict[str, str] = {}  # noqa: RUF012  name of a text file -> the field whose different values it lists
 
 
 def merge(items: Iterable[Item]) -> dict[tuple[str, str], Item]:
@@ -120,6 +122,19 @@ def choice(text: str, options: list[str], answer: int, **more: Any) -> dict[str,
     if not 0 <= answer < len(options):
         raise ValueError(f"answer {answer} is none of the {len(options)} options")
     return {"question": text.strip(), "options": [option.strip() for option in options], "answer": answer, **more}
+
+
+def labelled(key: str, file: str, label: str) -> Item:
+    """Return an item of action recognition: the class under "label", and in words as its caption.
+
+    Raises:
+        ValueError: the class has no name.
+    """
+    label = label.strip()
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ").lower()  # ApplyEyeMakeup, brush_hair
+    if not words.strip():
+        raise ValueError("the class has no name")
+    return Item(key, file, [words], fields={"label": label})
 
 
 def asked(key: str, file: str, questions: list[dict[str, Any]], *, split: str = "") -> Item:

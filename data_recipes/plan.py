@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     jobs: dict[str, list[Job]]  # by split
     dropped: list[Dropped]
     identity: dict[str, Any]  # options, and a digest of the items of each split
+    lists: dict[str, list[str]]  # name of a text file -> its lines, such as the classes
 
 
 def make_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
@@ -44,7 +45,7 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
     Raises:
         ValueError: an option, the folder or an annotation file cannot be used; says what to change.
     """
-    encoding, videos = _encoding(options), Videos(options.videos)
+    encoding, videos = _encoding(options), Videos(options.videos, packed=recipe.packed)
     items, dropped = read_items(recipe, options)
     jobs: dict[str, list[Job]] = {}
     for split, group in items.items():
@@ -54,7 +55,15 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
             work, refused = _find(group[first : first + options.clips_per_shard], keys, videos)
             dropped += refused
             jobs[split].append(Job(f"{split}-{number:06d}", options.out, options.videos, encoding, work))
-    return Plan(items, jobs, dropped, _identity(recipe, options, items))
+    return Plan(items, jobs, dropped, _identity(recipe, options, items), _lists(recipe, items))
+
+
+def _lists(recipe: Recipe, items: dict[str, list[Item]]) -> dict[str, list[str]]:
+    """Return the different values of a field of all items, in order, whether their videos are there or not."""
+    return {
+        name: sorted({item.fields[field] for group in items.values() for item in group})
+        for name, field in recipe.lists.items()
+    }
 
 
 def _encoding(options: argparse.Namespace) -> Encoding:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from data_recipes.encode import Encoding, SpanError, stored
 from data_recipes.items import Dropped, Item
 from data_recipes.looks import Look, look
-from data_recipes.videos import File, extension_of
+from data_recipes.packed import unpacked
+from data_recipes.videos import File, kind_of
 from vlp.data import storage
 from vlp.data.index import index_url
 from vlp.data.meta import MetaError, parse_meta
@@ -144,7 +145,10 @@ def read(folder: str, file: File) -> bytes:
     if file.size > LIMITS.max_bytes:
         raise ProbeError(Reason.LIMIT_EXCEEDED, f"{file.size} bytes; at most {LIMITS.max_bytes} are allowed")
     with open(os.path.join(folder, file.path), "rb") as opened:
-        return opened.read()
+        if file.offset < 0:
+            return opened.read()
+        opened.seek(file.offset)
+        return unpacked(opened.read(file.size))
 
 
 class _Making:
@@ -176,7 +180,7 @@ class _Making:
         item = work.item
         meta = _meta(item)
         video, extension, facts, notes = stored(
-            self._read(work.file), extension_of(work.file.path), span=item.span, encoding=self.job.encoding
+            self._read(work.file), kind_of(work.file), span=item.span, encoding=self.job.encoding
         )
         self.num_bytes += len(video)
         self.seconds += facts.duration_s

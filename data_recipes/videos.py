@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from data_recipes.packed import lines
 from vlp.data.caption_table import printable
 from vlp.data.rows import STILLS, VIDEOS
 from vlp.types import Reason
@@ -19,6 +20,7 @@ class File(NamedTuple):
     path: str
     size: int
     time_ns: int
+    offset: int = -1  # of a line of frames, see `data_recipes.packed`; -1: the file as a whole
 
 
 class Refused(NamedTuple):
@@ -35,15 +37,19 @@ class Videos:
         ValueError: there is no such folder, or nothing to use in it.
     """
 
-    def __init__(self, folder: str, *, texts: bool = False) -> None:
-        """Search a folder; with `texts`, the .txt files too, which may hold captions."""
+    def __init__(self, folder: str, *, texts: bool = False, packed: bool = False) -> None:
+        """Search a folder; with `texts`, the .txt files too, which may hold captions; with `packed`, lines of .tsv."""
         if not os.path.isdir(folder):
             raise ValueError(f"--videos {folder!r} is not a folder; give the one that holds the downloaded files.")
-        self.folder, self.files = folder, {file.path: file for file in _scan(folder, EXTENSIONS + ("txt",) * texts)}
+        extensions = ("tsv",) if packed else EXTENSIONS + ("txt",) * texts
+        self.folder, self.files = folder, {file.path: file for file in _scan(folder, extensions)}
         if not self.files:
-            raise ValueError(f"--videos {folder!r} holds no file that ends in one of: {', '.join(EXTENSIONS)}.")
+            raise ValueError(f"--videos {folder!r} holds no file that ends in one of: {', '.join(extensions)}.")
         self._by_place: dict[str, list[str]] = {}
         self._by_stem: dict[str, list[str]] = {}
+        if packed:
+            self.files = dict(_lines(folder, list(self.files.values())))
+            return
         for path in sorted(self.files):
             self._by_place.setdefault(_stem(path), []).append(path)
             self._by_stem.setdefault(_stem(os.path.basename(path)), []).append(path)
@@ -67,6 +73,11 @@ class Videos:
         return Refused(Reason.VIDEO_MISSING.name.lower(), printable(several if found else f"no file {name!r}"))
 
 
+def kind_of(file: File) -> str:
+    """Return the extension of what is read of a file."""
+    return extension_of(file.path) if file.offset < 0 else "mp4"
+
+
 def extension_of(path: str) -> str:
     """Return the extension in lower case, without the dot."""
     return os.path.splitext(path)[1][1:].lower()
@@ -75,6 +86,12 @@ def extension_of(path: str) -> str:
 def _stem(path: str) -> str:
     # Only known extensions: names of clips hold dots too, such as 00.00.51.926.
     return os.path.splitext(path)[0] if extension_of(path) in EXTENSIONS else path
+
+
+def _lines(folder: str, files: list[File]) -> Iterator[tuple[str, File]]:
+    for file in files:
+        for name, offset, size in lines(os.path.join(folder, file.path)):
+            yield name, file._replace(size=size, offset=offset)
 
 
 def _scan(folder: str, extensions: tuple[str, ...]) -> Iterator[File]:

@@ -3,6 +3,7 @@
     python scripts/convert.py export RUN_OR_CHECKPOINT OUT.safetensors [--ema]    one file with every tensor
     python scripts/convert.py parts RUN_OR_CHECKPOINT OUT_DIR [--ema]             Hugging Face and timm layouts
     python scripts/convert.py import --from KIND FILE OUT.safetensors             published weights, for init.run=OUT
+    python scripts/convert.py run OUT.safetensors +experiment=NAME [KEY=VALUE ...]      a run to evaluate, untrained
 
 What is exported has been loaded again and compared with the checkpoint. An import renames every tensor or says why it
 is left out; which parameters of a run it fills, the run says when it starts from it.
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from safetensors.torch import save_file
 
-from vlp.training import export, published
+from vlp.training import as_run, export, published
 from vlp.training.exits import reported
 
 
@@ -35,6 +36,10 @@ def main(arguments: list[str]) -> int:
     command.add_argument("source", type=Path, metavar="FILE")
     command.add_argument("out", type=Path, metavar="OUT.safetensors")
     command.set_defaults(run=_import)
+    command = commands.add_parser("run", help=_run.__doc__)
+    command.add_argument("source", type=Path, metavar="OUT.safetensors")
+    command.add_argument("overrides", nargs="+", metavar="OVERRIDE", help="as train.py takes them")
+    command.set_defaults(run=_run)
     chosen = parser.parse_args(arguments)
     return reported(lambda: chosen.run(chosen))
 
@@ -50,6 +55,13 @@ def _export(chosen: argparse.Namespace) -> int:
 def _parts(chosen: argparse.Namespace) -> int:
     """Write the parts that have a Hugging Face or timm layout."""
     print("\n".join(export.export_parts(export.open_source(chosen.source), chosen.out, averaged=chosen.ema)))
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    """Make a run directory of weights, for evaluate.py, the search page and vlp.load."""
+    directory, report = as_run.make_run(chosen.source, chosen.overrides)
+    print(f"{report.text()}\n{directory}: python evaluate.py run={directory} task=BENCHMARK")
     return 0
 
 

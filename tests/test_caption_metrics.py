@@ -1,7 +1,11 @@
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 
 from vlp.eval import coco_captions
 from vlp.eval.caption_metrics import bleu, rouge_l, score, words
+from vlp.eval.captions import Captions
 
 CAPTIONS = [
     "a man is playing a guitar",
@@ -79,3 +83,26 @@ def test_java_metrics_say_what_is_missing(monkeypatch):
     monkeypatch.setattr(coco_captions.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"pycocoevalcap is not installed|there is no java"):
         coco_captions.score(["a"], [["a"]])
+    with pytest.raises(ValueError, match="or set java=false for CIDEr, BLEU-4 and ROUGE-L in plain Python"):
+        Captions(java=["meteor"])
+
+
+class Failing:
+    """What SPICE does where its models cannot be fetched or Java ends with an error."""
+
+    def tokenize(self, texts):
+        return {n: [one["caption"] for one in own] for n, own in texts.items()}
+
+    def compute_score(self, theirs, ours):
+        raise subprocess.CalledProcessError(1, "java")
+
+
+def test_a_metric_that_fails_in_java_is_one_line_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(coco_captions, "_absent", lambda: "")
+    module = SimpleNamespace(PTBTokenizer=Failing)
+    monkeypatch.setattr(coco_captions.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(coco_captions, "_scorer", lambda name: Failing())
+    with pytest.raises(
+        ValueError, match=r"java=True: bleu failed in Java .*without it: \[rouge_l, cider, meteor, spice\]"
+    ):
+        Captions(java=True)

@@ -3,7 +3,7 @@
 import fake_run
 import pytest
 
-from vlp.report.card import plain, write_card
+from vlp.report.card import main, plain, write_card
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,8 @@ def test_an_empty_directory_gives_a_card_that_says_what_is_missing(tmp_path):
     assert "None yet" in text and "run.json is missing" in text
 
 
-def test_no_directory_is_refused(tmp_path):
+def test_no_directory_is_one_line(tmp_path, capsys):
     with pytest.raises(ValueError, match="is not a directory"):
         write_card(tmp_path / "absent")
+    assert main([str(tmp_path / "absent")]) == 78 and "card: run_dir=" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "MODEL_CARD.md")

@@ -48,7 +48,7 @@ cluster: {{nodes: 1, gpus_per_node: 1, gpu: h100, cores_per_node: 8, utilisation
   save_stall_s: 1.0, save_write_s: 1.0, restart_s: 1.0}}
 """
 DATA = "{batch_size: 4, num_lanes: 2, window_shards: 1, bucket_steps: 1, num_workers: 0, captions: null, holdout: 0.0"
-DATA += ", balance: false, index_dir: i, cache_dir: null, cache_gib: 1.0"
+DATA += ", decode_timeout_s: 9, balance: false, index_dir: i, cache_dir: null, cache_gib: 1.0"
 FILES = {
     "train": TRAIN,
     "schedule/constant": "_target_: vlp.training.optim.Constant\nwarmup_steps: 2\n",
@@ -370,6 +370,7 @@ def test_references_that_lead_nowhere_are_refused(conf, reference):
         ("run.stop_after=0", "run.stop_after: 0 is not possible; it must be at least 1."),
         ("eval.every=-1", "eval.every: -1 is not possible; it must be at least 1."),
         ("data.num_workers=-1", "data.num_workers: -1 is not possible; it must be 0 or more."),
+        ("data.decode_timeout_s=0", "data.decode_timeout_s: 0.0 is not possible; it must be above 0."),
         ("clip.more_clips=-1", "clip.more_clips: -1 is not possible; it must be 0 or more."),
         ("optim.lr=0.0", "optim.lr: 0.0 is not possible; it must be above 0."),
         ("optim.lr=nan", "optim.lr: nan is not possible; it must be above 0."),

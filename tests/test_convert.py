@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_runs import train
+from tiny_runs import overrides, train
 from torch import nn
 
 from vlp.encoders.text import HuggingFaceText
-from vlp.training import export, state
+from vlp.eval import scores
+from vlp.training import evaluate_run, export, state
 from vlp.training.exits import Exit
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,25 @@ def test_the_text_encoder_goes_to_hugging_face_and_back(run, tmp_path, capsys):
     back = HuggingFaceText(vocab_size=512, pad_id=0, max_length=32, name=str(tmp_path / "text_encoder"))
     for name, value in system.model.text_encoder.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
+
+
+def test_weights_become_a_run_that_is_evaluated_like_the_one_they_came_from(place, run, tmp_path, capsys):
+    weights, tokens = tmp_path / "w.safetensors", f"tokenizer.name={run / 'tokenizer.json'}"
+    assert convert.main(["export", str(run), str(weights), "--ema"]) == Exit.DONE
+    words = ["run", str(weights), *overrides(place, "taken", *ONE, tokens)]
+    assert convert.main(words) == Exit.DONE and "python evaluate.py run=" in capsys.readouterr().out
+    taken = place / "runs" / "taken"
+    assert evaluate_run.main([f"run={taken}", "task=retrieval"]) == Exit.DONE
+    assert evaluate_run.main([f"run={run}", "task=retrieval"]) == Exit.DONE
+    ours, theirs = (next((each / "scores").glob("*.world.retrieval.json")) for each in (taken, run))
+    assert scores.read(ours).each == scores.read(theirs).each
+    capsys.readouterr()
+    assert convert.main(words) == Exit.BAD_CONFIG and "taken holds a run already" in capsys.readouterr().err
+    tensors = load_file(weights)
+    save_file(dict(list(tensors.items())[1:]), weights)
+    assert convert.main([*words, "run.name=other"]) == Exit.BAD_CONFIG
+    assert f"1 tensors are missing, such as {next(iter(tensors))}" in capsys.readouterr().err
+    assert not (place / "runs" / "other").exists()
 
 
 @pytest.mark.parametrize(

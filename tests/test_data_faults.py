@@ -69,12 +69,20 @@ def test_native_code_that_hangs_or_crashes_costs_one_sample(tmp_path, deed, reas
     train_tokenizer(["clip"], vocab_size=100, path=tmp_path / "t.json")
     data = VideoTextData(
         **{"sources": {"p": Shards(train=write(tmp_path))}, "weights": {"p": 1.0}, "batch_size": 4, "accumulate": 1},
-        **{"num_lanes": 2, "window_shards": 1, "bucket_steps": 1, "num_workers": 2, "seed": 0, "short_side": 24},
+        **{
+            "num_lanes": 2,
+            "window_shards": 1,
+            "bucket_steps": 1,
+            "num_workers": 2,
+            "seed": 0,
+            "short_side": 24,
+            "decode_timeout_s": 1.0,
+        },
         **{"sampling_train": Segments(num_frames=2), "sampling_test": Segments(num_frames=2)},
         **{"transforms_train": [Native(deed), CenterCrop(size=16)], "transforms_test": [CenterCrop(size=16)]},
         make_tokenizer=lambda captions: load_tokenizer(str(tmp_path / "t.json"), max_length=8),
     )
-    data._workers = data._workers._replace(stall_s=1.0)
+    assert data._workers.decode_s == 1.0 and data._workers.stall_s == 30.0  # the first of the two sees it
     batches = [step.batches[0] for step in data.train_loader(start_step=0, num_steps=2, rank=0, world_size=1)]
     found = {int(i): Reason(int(status)) for b in batches for i, status in zip(b.sample_id, b.status, strict=True)}
     assert found == {i: Reason[reason] if i == BAD else Reason.OK for i in range(8)}

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -93,6 +94,15 @@ def test_recall_and_median_with_an_even_number_of_queries():
 @pytest.mark.parametrize(("k", "num", "expected"), [(1, 200, 0.5), (10, 200, 5), (10, 7, 100)])
 def test_chance_recall_is_k_out_of_n(k, num, expected):
     assert metrics.chance_recall(k, num) == expected
+
+
+def test_chance_of_one_and_of_all_answers_is_that_of_every_order():
+    orders = list(itertools.permutations(range(5)))  # answers 0 and 1 of a query, answer 2 of another
+    one = [any(order.index(n) < 3 for n in (0, 1)) + (order.index(2) < 3) for order in orders]
+    every = [all(order.index(n) < 3 for n in (0, 1)) + (order.index(2) < 3) for order in orders]
+    wanted = [50 * sum(counts) / len(orders) for counts in (one, every)]
+    assert metrics.chance_several(3, [2, 1], 5) == pytest.approx(wanted)
+    assert metrics.chance_several(9, [2, 1], 5) == (100, 100)
 
 
 def test_chance_rank_equals_the_mean_over_all_places():

@@ -1,5 +1,6 @@
 """Each recipe on annotation files of the public format, cut down to a few lines, and tiny real videos."""
 
+import base64
 import importlib
 import json
 from pathlib import Path
@@ -44,8 +45,8 @@ def captions(place: Path, split: str) -> dict[str, list[str]]:
     return {key: meta["captions"] for key, meta in metas(place, split).items()}
 
 
-def test_there_are_seventeen_recipes_and_each_tells_its_format_and_source():
-    assert len(RECIPES) == 17
+def test_there_are_twenty_three_recipes_and_each_tells_its_format_and_source():
+    assert len(RECIPES) == 23
     for name in RECIPES:
         module = importlib.import_module(f"data_recipes.{name}")
         assert module.RECIPE.name == name and "Format: " in module.__doc__
@@ -203,6 +204,8 @@ def test_activitynet_captions_as_videos_and_as_clips(place):
     assert run("activitynet_captions", videos, "--annotations", *files, "--unit", "clip", "--overwrite") == 0
     assert captions(place, "train") == {"v_abc_500_1500": ["One thing."], "v_abc_1000_2000": ["Another."]}
     assert {each.facts.num_frames for each in samples(place / "out", "val_1").values()} == {30}
+    assert run("activitynet_captions", videos, "--annotations", *files, "--texts", "sentences", "--overwrite") == 0
+    assert captions(place, "val_1") == {"v_abc": ["One thing.", "Another."]}
 
 
 def test_vatex(place):
@@ -352,6 +355,64 @@ def test_next_qa_with_options_and_open(place):
     ]
 
 
+def lines(place: Path, name: str) -> list[str]:
+    return (place / "out" / name).read_text().splitlines()
+
+
+def test_kinetics_as_clips_and_cut_out_of_whole_videos(place):
+    videos = put(place, "val/ID-a_000001_000002.mp4", "ID_b.mp4", data=LONG)
+    rows = "label,youtube_id,time_start,time_end,split,is_cc\nzumba,ID-a,1,2,val,0\nair drumming,ID_b,1.0,2.0,val,1\n"
+    table = file(place, "validate.csv", rows)
+    assert run("kinetics", videos, "--annotations", table) == 0
+    assert metas(place, "val") == {"ID-a_000001_000002": {"captions": ["zumba"], "label": "zumba"}}
+    assert lines(place, "classes.txt") == ["air drumming", "zumba"]  # of the annotations, not of what was found
+    assert run("kinetics", videos, "--annotations", table, "--whole", "--overwrite") == 0
+    (cut,) = samples(place / "out", "val").values()
+    assert cut.meta["label"] == "air drumming" and cut.facts.duration_s == pytest.approx(1, abs=0.1)
+
+
+def test_lists_of_paths_and_numbers(place):
+    videos = put(place, "a b/x.mp4", "y.mp4")
+    classes, table = (
+        file(place, "map.txt", "1 run\n2 sit down\n"),
+        file(place, "val.txt", "a b/x.mp4 1\ny.mp4,0\nz 2\n"),
+    )
+    assert run("action_lists", videos, "--annotations", table, "--classes", classes) == 0
+    assert {key: meta["label"] for key, meta in metas(place, "val").items()} == {"a b/x": "sit down", "y": "run"}
+    assert list(dropped(place / "out").values()) == ["annotation_broken"]  # there is no class 2
+    same = file(place, "same.txt", "run\nrun\n")
+    assert run("action_lists", videos, "--annotations", table, "--classes", same, "--overwrite") == 78
+
+
+def test_ucf101(place):
+    videos = put(place, "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "v_YoYo_g01_c01.avi")
+    train = file(place, "trainlist01.txt", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\n")
+    test = file(place, "testlist01.txt", "YoYo/v_YoYo_g01_c01.avi\n")
+    assert run("ucf101", videos, "--annotations", train, test) == 0
+    assert metas(place, "train")["v_ApplyEyeMakeup_g08_c01"]["captions"] == ["apply eye makeup"]
+    assert metas(place, "test") == {"v_YoYo_g01_c01": {"captions": ["yo yo"], "label": "YoYo"}}
+    assert lines(place, "classes.txt") == ["ApplyEyeMakeup", "YoYo"]
+    assert run("ucf101", videos, "--annotations", file(place, "classInd.txt", "1 YoYo\n"), "--overwrite") == 78
+
+
+def test_hmdb51(place):
+    videos = put(place, "brush_hair/a_0.avi", "brush_hair/b_1.avi", "brush_hair/c_2.avi")
+    rows = "a_0.avi 1 \nb_1.avi 2 \nc_2.avi 0 \n"
+    assert run("hmdb51", videos, "--annotations", file(place, "brush_hair_test_split1.txt", rows)) == 0
+    wanted = {"captions": ["brush hair"], "label": "brush_hair"}
+    assert (metas(place, "train"), metas(place, "test")) == ({"a_0": wanted}, {"b_1": wanted})
+
+
+def test_something_something(place):
+    rows = {"label": "putting cup on table", "template": "Putting [something] on [something]"}
+    rows = [{"id": "74225", **rows, "placeholders": ["cup", "table"]}, {"id": 8}]
+    videos = put(place, "74225.webm", data=clip(6, codec="libvpx-vp9", container="webm"))
+    assert run("something_something", videos, "--annotations", file(place, "validation.json", rows)) == 0
+    meta = metas(place, "val")["74225"]
+    assert (meta["captions"], meta["template"]) == (["putting cup on table"], "Putting something on something")
+    assert lines(place, "templates.txt") == ["Putting something on something"]
+
+
 def test_a_folder_with_texts_beside_the_videos(place):
     videos = put(place, "a.mp4", "sub/b.mp4")
     for name in ("a", "sub/b"):
@@ -361,3 +422,65 @@ def test_a_folder_with_texts_beside_the_videos(place):
         name: [f"words of {name}", "more"] for name in ("a", "sub/b")
     }
     assert len(captions(place, "test")) == 1
+
+
+def packed(*rows: list[str | bytes], end: str = "\n") -> str:
+    """Lines of a TSV of frames: bytes are written as base64."""
+    words = [[base64.b64encode(word).decode() if isinstance(word, bytes) else word for word in row] for row in rows]
+    return "".join("\t".join(row) + end for row in words)
+
+
+RED, WIDE = image("mjpeg"), image("mjpeg", size=(48, 32))
+
+
+def test_violet_frames_are_stored_bit_for_bit(place):
+    text = packed(["v/1", RED, RED], ["v2", '{"class": -1}', WIDE], ["v3", RED])
+    file(place, "videos/img_a.tsv", text)
+    offsets = [0, text.index("v2"), text.index("v3")]
+    file(place, "videos/img_a.lineidx", "".join(f"{offset}\n" for offset in offsets))
+    texts = file(place, "txt_a.json", {"train": {"v/1": ["one", "two"], "v9": ["gone"]}, "val": {"v2": ["three"]}})
+    assert run("violet", place / "videos", "--annotations", texts) == 0
+    made = samples(place / "out", "train")
+    assert captions(place, "val") == {"v2": ["three"]} and list(made) == ["v/1"]
+    assert made["v/1"].meta["captions"] == ["one", "two"] and made["v/1"].video.count(RED) == 2
+    assert made["v/1"].facts[2:5] == (2, 1.0, 2.0)
+    assert dropped(place / "out") == {"v9": "video_missing"}
+
+
+def test_violet_tasks_have_captions_questions_or_choices(place):
+    file(place, "videos/img_a.tsv", packed(["v1", RED], ["v2", RED]))
+    options = {"option_0": "a dog", "option_1": "a cat"}
+    tasks = [{"video": "v1", "caption": ["one", "two"]}, {"video": "v2", "question": "who", "answer": 1, **options}]
+    open_ended = {"test": [{"video": "v1", "question": "how many", "answer": 7}], "ans2label": {"three": 7}}
+    given = [file(place, "txt_a.json", {"train": tasks}), file(place, "txt_b.json", open_ended)]
+    assert run("violet", place / "videos", "--annotations", *given) == 0
+    train, test = metas(place, "train"), metas(place, "test")
+    assert train["v1"] == {"captions": ["one two"]}
+    assert train["v2"]["choices"] == [{"question": "who", "options": ["a dog", "a cat"], "answer": 1}]
+    assert test["v1"]["questions"] == [{"question": "how many", "answer": "three"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (["v1"], "video_empty"),
+        (["v1", "/9j/=="], "video_broken"),
+        (["v1", RED, WIDE], "video_broken"),
+        (["v1", RED[:300]], "video_truncated"),
+        (["v1", "{}", VIDEO], "video_broken"),
+    ],
+)
+def test_a_bad_line_of_violet_is_named_and_costs_itself(place, line, reason):
+    file(place, "videos/img_a.tsv", packed(["v0", RED]) + packed([*line, ""] if len(line) < 2 else line))
+    texts = file(place, "txt_a.json", {"train": {"v0": ["a"], "v1": ["b"]}})
+    assert run("violet", place / "videos", "--annotations", texts) == 0
+    assert dropped(place / "out") == {"v1": reason} and list(captions(place, "train")) == ["v0"]
+
+
+@pytest.mark.parametrize("offsets", ["0\n5\n", "x\n", "0\n9999999\n", ""])
+def test_a_table_of_lines_that_is_not_of_its_file_is_one_clear_line(place, offsets, capsys):
+    file(place, "videos/img_a.tsv", packed(["v0", RED], ["v1", RED]))
+    file(place, "videos/img_a.lineidx", offsets)
+    texts = file(place, "txt_a.json", {"train": {"v0": ["a"]}})
+    assert run("violet", place / "videos", "--annotations", texts) == 78
+    assert "img_a" in (error := capsys.readouterr().err) and "Traceback" not in error and error.count("\n") == 1

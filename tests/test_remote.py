@@ -12,7 +12,8 @@ from moto.server import ThreadedMotoServer
 from object_server import ObjectServer
 
 from vlp import config
-from vlp.data import remote, storage
+from vlp.data import fields, remote, storage
+from vlp.data.columns import PARTS
 from vlp.data.fields import ClipReader, Clips, Shards
 from vlp.data.index import build_index, index_path, index_url, main, open_index, read_part
 from vlp.data.remote import Retry, shown
@@ -274,7 +275,8 @@ def test_training_data_over_http_equals_local_data(server, world, tmp_path, head
     assert headers_only or far.fingerprint == near.fingerprint
 
 
-def test_training_data_over_s3_equals_local_data(bucket, world, tmp_path):
+def test_training_data_over_s3_equals_local_data(bucket, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "RETRY", Retry())  # nothing fails here, and a busy machine is slow
     shards = [f"{bucket}/w/{Path(shard).name}" for shard in world.shards("train")]
     source = Shards(train=shards, index_dir=str(tmp_path))
     source.prepare()
@@ -394,6 +396,41 @@ def test_a_broken_video_of_a_headers_index_is_found_at_first_read(server, tmp_pa
     source.prepare()
     samples = reader(source.shards("train"), index_dir=str(tmp_path))
     assert [samples.read(i, 0).status for i in range(3)] == [Reason.VIDEO_BROKEN, Reason.CAPTION_MISSING, Reason.OK]
+
+
+def headers_reader(server, world, tmp_path):
+    shards = remote_shards(server, world)
+    Shards(train=shards, index_dir=str(tmp_path), headers_only=True).prepare()
+    fields._index.cache_clear()  # as a process that has just started
+    return reader(shards, index_dir=str(tmp_path))
+
+
+def test_the_first_read_of_a_headers_index_is_kept(server, world, tmp_path, monkeypatch):
+    first = [headers_reader(server, world, tmp_path).read(i, 2) for i in range(7)]
+    lines = [line for path in tmp_path.glob("*.seen") for line in path.read_text().splitlines()]
+    assert len(lines) == 14  # of each sample its video and its record, once
+    monkeypatch.setattr(fields, "probe", None)
+    again = headers_reader(server, world, tmp_path)
+    assert all((again.read(i, 2).frames == sample.frames).all() for i, sample in enumerate(first))
+    full = build_index(world.shards("train")[0])
+    known = open_index(again.shards[0], index_dir=str(tmp_path))
+    assert [known.crc32(0, name) for name in PARTS[::2]] == [full.crc32(0, name) for name in PARTS[::2]]
+    assert repr(known.facts(0)) == repr(full.facts(0))
+
+
+def test_bytes_that_change_after_the_first_read_are_found(server, world, tmp_path, capsys):
+    samples = headers_reader(server, world, tmp_path)
+    assert samples.read(0, 2).status == Reason.OK
+    place = open_index(samples.shards[0], index_dir=str(tmp_path)).part(0, "video")
+    name = "/w/" + Path(samples.shards[0]).name
+    data = bytearray(server.objects[name])
+    data[place.offset + place.size // 2] ^= 1
+    server.objects[name] = bytes(data)
+    assert samples.read(0, 2).status == Reason.CHECKSUM and samples.read(1, 2).status == Reason.OK
+    assert main(["--check", samples.shards[0], "--index-dir", str(tmp_path)]) == 65
+    assert "video part: its bytes have changed" in capsys.readouterr().out
+    assert main(["--force", "--headers-only", samples.shards[0], "--index-dir", str(tmp_path)]) == 0
+    assert headers_reader(server, world, tmp_path).read(0, 2).status == Reason.OK  # as a new first read
 
 
 def test_local_shards_keep_their_index_beside_them(world, tmp_path):

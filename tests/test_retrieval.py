@@ -50,6 +50,26 @@ def test_every_caption_is_a_query_and_the_best_one_answers(tmp_path):
     assert {row["key"]: row["num"] for row in task["rows"]}["t2v_r1"] == 4
 
 
+def test_each_caption_counts_by_itself_where_that_is_asked(tmp_path):
+    # Columns are clips, rows captions: clip 0 has zero and one, clip 1 has two, clip 2 has three and four.
+    similarity = [[0.9, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.5, 0.4], [0.0, 0.4, 0.8], [0.3, 0.1, 0.4]]
+    metas = captioned(["zero", "one"], "two", ["three", "four"])
+    raw = column(run(tmp_path, similarity, metas, every_caption=True))
+    # Ranks among all five: clip 0: .9 first, .1 fourth; clip 1: .5 second; clip 2: .8 first, .4 third (a tie is lost).
+    found = {key: value for key, value in raw.items() if "_every_" in key or "_best_" in key or "_worst_" in key}
+    assert found["v2t_every_r1"] == pytest.approx(100 * (0.5 + 0 + 0.5) / 3) and found["v2t_every_r5"] == 100
+    assert found["v2t_best_r1"] == pytest.approx(200 / 3) and found["v2t_worst_r1"] == 0
+    assert found["v2t_every_mean_rank"] == pytest.approx((2.5 + 2 + 2) / 3) and found["v2t_every_median_rank"] == 2
+    kept = scores.read(tmp_path / "scores" / "step-000001.toys.retrieval.json")
+    assert kept.each["v2t_every_r1"].values == [50, 0, 50] and len(found) == 11
+
+
+def test_one_caption_a_video_makes_each_best_and_worst_the_same(tmp_path):
+    raw = column(run(tmp_path, CASE, captioned("zero", "one", "two"), every_caption=True))
+    assert raw["v2t_every_r1"] == raw["v2t_best_r1"] == raw["v2t_worst_r1"] == raw["v2t_r1"]
+    assert raw["v2t_every_mean_rank"] == raw["v2t_mean_rank"]
+
+
 def test_texts_are_encoded_once_for_each_caption_of_the_clip_with_the_most(tmp_path):
     model = lookup(CASE)
     evaluated(tmp_path, model, captioned("zero", "one", ["two", "zero", "one"]))  # batches: clips 0 and 1, clip 2

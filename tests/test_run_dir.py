@@ -143,7 +143,7 @@ trainer.max_rewinds=1 trainer.spike_factor=3.0 trainer.timeout_s=5 trainer.max_t
 trainer.check_replicas_every=1 trainer.ledger=true trainer.log_every=7 trainer.checkpoint_every=7
 trainer.keep_checkpoints=7 trainer.devices=2 trainer.strategy=ddp trainer.num_threads=2 data.num_workers=3
 data.cache_gib=1.0 eval.every=4 eval.batch_size=2 run.resume=false run.stop_after=3 run.hold_after=null
-paths.runs=elsewhere"""
+paths.runs=elsewhere data.decode_timeout_s=30"""
 WITH_FLAG = """optim.lr=0.5 optim.eps=0.1 optim.weight_decay=0.5 schedule.warmup_steps=3
 trainer.clip_grad_norm=0.1 trainer.precision=bf16-mixed objective.contrastive.weight=0.5 data.batch_size=8"""
 REFUSED = """run.seed=1 data.num_lanes=2 data.window_shards=9 data.bucket_steps=2

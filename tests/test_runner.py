@@ -97,7 +97,7 @@ class Towers(nn.Module):
 def everything(rank, world, folder):
     """Evaluate seven clips of which one is unusable, and two clips of which the third process gets none."""
     torch.set_num_threads(1)
-    tasks = {"retrieval": Retrieval(rerank=2, store=True), "probe": TemporalProbe()}
+    tasks = {"retrieval": Retrieval(rerank=2, store=True, every_caption=True), "probe": TemporalProbe()}
     tasks |= {"matched": MatchedRetrieval(num_clips=5, max_captions=None)}
     tasks |= {"captions": Captions(num_clips=5, writer=Beam(num_beams=2)), "choice": MultipleChoice(by=ByCosine())}
     tasks |= {"answers": OpenEnded(by=ByVocabulary(answers=["red", "blue"]))}

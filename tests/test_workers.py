@@ -41,6 +41,24 @@ class Work:
         return Pair(torch.tensor(ids), buffer.fill_(job), job)
 
 
+class Slow:
+    """Sleeps a second at sample 1 of job 2, before or after its bytes are there."""
+
+    buffer_bytes = 0
+
+    def __init__(self, *, loaded: bool):
+        self.loaded = loaded
+
+    def __call__(self, job, *, begin, skip, buffer):
+        for number in range(2):
+            begin(number)
+            if self.loaded:
+                begin(number, loaded=True)
+            if (job, number) == (2, 1) and number not in skip:
+                time.sleep(1)
+        return -sum(skip.values())
+
+
 class Fails:
     buffer_bytes = 0
 
@@ -114,6 +132,12 @@ def test_killed_or_stopped_worker_is_replaced_and_nothing_changes(tmp_path, deed
 def test_sample_that_takes_two_workers_down_is_left_out(deed, reason):
     result = ids_of(Work((4, 1), (7, 0), deed=deed), FAST._replace(max_restarts=1))
     assert result == [*PLAIN[:4], [40, -reason, 42], *PLAIN[5:7], [-reason, 71, 72], PLAIN[8]]
+
+
+@pytest.mark.parametrize(("loaded", "result"), [(True, -Reason.DECODE_TIMEOUT), (False, 0)])
+def test_a_slow_decode_hangs_and_a_slow_storage_does_not(loaded, result):
+    settings = FAST._replace(stall_s=5.0, decode_s=0.3)
+    assert list(ordered(Slow(loaded=loaded), range(5), settings)) == [0, 0, result, 0, 0]
 
 
 def test_unexplained_deaths_end_the_run():

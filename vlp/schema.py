@@ -98,6 +98,7 @@ class Data:
     bucket_steps: int  # steps whose samples are dealt again by size, so that little is padded; 1 = as they come
     balance: bool  # deal the clips of a step by size, so that no rank waits for another
     num_workers: int
+    decode_timeout_s: float  # a sample that takes its loader worker longer is given up, after a second try
     videos: str | None
     captions: str | None
     holdout: float

@@ -4,22 +4,19 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from vlp.data.balance import Balanced
 from vlp.data.bucket import Bucketed, Order
-from vlp.data.columns import PARTS, IndexFileError
+from vlp.data.columns import IndexFileError
 from vlp.data.fields import ClipReader, Clips, Sampling, ShardsError, Source, Transform
-from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader
+from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader, workers_for
 from vlp.data.mix import Schedule
 from vlp.data.plan import Plan, check_layout
-from vlp.data.remote import RETRY, is_remote
 from vlp.data.rng import mix
 from vlp.data.shard_cache import ShardCache
 from vlp.data.storage import StorageError
 from vlp.data.text import Tokenizer
 from vlp.data.texts import TextChoice
-from vlp.data.workers import Workers
+from vlp.data.workers import DECODE_S
 from vlp.types import Reason, SampleError
 
 SPLITS = ("train", "test")
@@ -36,7 +33,8 @@ class VideoTextData:
         batch_size: clips of an optimizer step, over all ranks and micro-batches. accumulate: micro-batches of a step.
         num_lanes, window_shards: see `vlp.data.plan`. bucket_steps: see `vlp.data.bucket`; 1 = as planned.
         balance: deal the clips of a step to ranks and micro-batches by size, see `vlp.data.balance`.
-        num_workers: reading processes of each rank. seed: of the run.
+        num_workers: reading processes of each rank. decode_timeout_s: the most that a sample may take to decode.
+        seed: of the run.
         sampling_train, sampling_test, transforms_train, transforms_test, short_side: see `vlp.data.fields.Clips`.
         more_clips: other clips of each training sample. texts: chooses its texts, see `vlp.data.texts`.
         make_tokenizer: gets the training captions, which it may ignore.
@@ -70,6 +68,7 @@ class VideoTextData:
         cache: ShardCache | None = None,
         balance: bool = False,
         more_clips: int = 0,
+        decode_timeout_s: float = DECODE_S,
     ) -> None:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
         self.sources, self.weights = dict(sources), {name: float(weights[name]) for name in sources}
@@ -88,7 +87,7 @@ class VideoTextData:
         self._parts = {
             number: self._part(number, name) for number, name in enumerate(self.sources) if self.weights[name] > 0
         }
-        self._workers = self._make_workers(num_workers)
+        self._workers = workers_for(self._readers.values(), num_workers=num_workers, decode_s=decode_timeout_s)
         self.tokenizer = make_tokenizer(self._captions())
 
     def train_loader(self, *, start_step: int, num_steps: int, rank: int, world_size: int) -> StepLoader:
@@ -174,12 +173,6 @@ class VideoTextData:
                 f"look at one: {_record(reader, 0, next(iter(reader.by_reason)))}."
             )
         return reader
-
-    def _make_workers(self, num_workers: int) -> Workers:
-        """Return the settings of the loader; a sample of remote shards may wait for storage in each of its parts."""
-        far = any(is_remote(shard) for reader in self._readers.values() for shard in reader.shards)
-        stall_s = Workers().stall_s + far * len(PARTS) * RETRY.budget_s
-        return Workers(num_workers=num_workers, pin_memory=torch.cuda.is_available(), stall_s=stall_s)
 
     def _part(self, number: int, name: str) -> Part:
         reader = self.reader(name, "train")

@@ -32,10 +32,12 @@ from vlp.data.index import (
     open_index,
     read_part,
 )
+from vlp.data.many_views import Fixed, View
 from vlp.data.plan import PADDING
 from vlp.data.probe import ProbeError, VideoFacts, probe
 from vlp.data.remote import is_remote, shown
 from vlp.data.rng import generator, sample_key
+from vlp.data.sampling import Draws
 from vlp.data.shard_cache import ShardCache
 from vlp.data.tar import TarError
 from vlp.data.texts import OneCaption, TextChoice, Texts
@@ -168,7 +170,7 @@ class Sampling(Protocol):
     @property
     def num_frames(self) -> int: ...
 
-    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray: ...
+    def __call__(self, duration_s: float, fps: float, rng: Draws | None) -> np.ndarray: ...
 
 
 class Clips(NamedTuple):
@@ -178,6 +180,7 @@ class Clips(NamedTuple):
     transforms: Sequence[Transform]
     short_side: int | None  # pixels of the shorter side when decoded; None = as coded
     num_more: int = 0  # other clips of a training sample
+    views: Sequence[View] = ()  # of a test sample; none looks once, with the sampling and the transforms above
 
     def shape(self) -> tuple[int, int, int, int]:
         """Return [T, H, W, 3] of every clip. Raises ValueError if its size depends on the video."""
@@ -196,7 +199,7 @@ class Clips(NamedTuple):
     def transformed(self, frames: np.ndarray, key: int, number: int = 0) -> np.ndarray:
         """Apply all transforms to frames [T, H, W, 3] with the randomness of clip `number` of a sample."""
         rng = generator(key, _purpose("crop", number))
-        for transform in self.transforms:
+        for transform in self.views[number].transforms if self.views else self.transforms:
             frames = transform(frames, rng)
         return frames
 
@@ -249,7 +252,7 @@ class ClipReader:
         self._ahead: list[int] = []
         self.clips, self.seed, self.source, self.train = clips, seed, source, train
         self.shards, self.shape = list(shards), clips.shape()
-        self.num_more = clips.num_more if train else 0
+        self.num_more = clips.num_more if train else max(0, len(clips.views) - 1)
         self._by_reason = np.zeros((len(self.shards), len(Reason)), dtype=np.int64)
         self.fingerprint = fingerprint(self._opened())
         self._ends = np.cumsum(self._by_reason.sum(axis=1))
@@ -272,12 +275,15 @@ class ClipReader:
         """How many samples have each status in the index, without those that none has."""
         return {reason: int(n) for reason, n in zip(Reason, self._by_reason.sum(axis=0), strict=True) if n}
 
-    def read(self, sample_id: int, epoch: int) -> Sample:
-        """Return a sample; a tombstone if anything is wrong with it, or if `sample_id` is PADDING."""
+    def read(self, sample_id: int, epoch: int, *, loaded: Callable[[], None] = lambda: None) -> Sample:
+        """Return a sample; a tombstone if anything is wrong with it, or if `sample_id` is PADDING.
+
+        `loaded` is called when all its bytes are there, before any of them is looked into.
+        """
         if sample_id == PADDING:
             return self.tombstone(sample_id, epoch, Reason.PADDING)
         try:
-            return self._read(sample_id, sample_key(self.seed, epoch, self.source, sample_id))
+            return self._read(sample_id, sample_key(self.seed, epoch, self.source, sample_id), loaded)
         except SampleError as error:
             return self.tombstone(sample_id, epoch, error.reason, error.detail)
 
@@ -354,7 +360,7 @@ class ClipReader:
             except SampleError:
                 continue  # counted when training reads it
 
-    def _read(self, sample_id: int, key: int) -> Sample:
+    def _read(self, sample_id: int, key: int, loaded: Callable[[], None]) -> Sample:
         index, row = self._locate(sample_id)
         where = (index.key(row), shown(index.shard))
         if index.status(row) != Reason.OK:
@@ -362,6 +368,7 @@ class ClipReader:
         meta = meta_of(index, row, cache=self.cache)
         texts = self.texts(meta, key) if self.train else Texts(meta["captions"][0])
         video = read_part(index, row, "video", cache=self.cache)
+        loaded()
         facts = _facts(index, row, video)
         times_s = [self._times(facts, key, number) for number in range(1 + self.num_more)]
         began = time.perf_counter()
@@ -372,6 +379,7 @@ class ClipReader:
         except DecodeError as error:
             raise SampleError(error.reason, *where, error.detail) from error
         decode_s = time.perf_counter() - began
+        index.note(row, "video", video, facts)
         first, *more = self._cut(decoded, [len(each) for each in times_s], key)
         for clip in (first, *more):
             if clip.frames.shape[1:] != self.shape[1:]:
@@ -382,7 +390,10 @@ class ClipReader:
 
     def _times(self, facts: VideoFacts, key: int, number: int) -> np.ndarray:
         """Return the times [T] of clip `number` of a sample, 0 the first."""
-        rng = generator(key, _purpose("times", number)) if self.train else None
+        if self.train:
+            rng = generator(key, _purpose("times", number))
+        else:
+            rng = Fixed(self.clips.views[number].time) if self.clips.views else None
         return self.clips.sampling(facts.duration_s, facts.fps, rng)
 
     def _cut(self, decoded: Decoded, lengths: Sequence[int], key: int) -> list[Clip]:

@@ -15,12 +15,14 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from vlp.data import storage
 from vlp.data.columns import PARTS, IndexFileError, Info, Part, dump, parse
+from vlp.data.first_read import FirstReads, Seen, seen_path
 from vlp.data.meta import MetaError, parse_meta
 from vlp.data.probe import LIMITS, Limits, VideoFacts
 from vlp.data.remote import is_remote, shown
@@ -39,10 +41,14 @@ class ShardIndex:
         shard: URL of the shard.
         info: of the shard as a whole.
         columns: arrays by name, as SCHEMA and RAGGED of `vlp.data.columns` describe them.
+        seen: what first reads found out, of an index of headers.
     """
 
-    def __init__(self, shard: str, info: Info, columns: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, shard: str, info: Info, columns: Mapping[str, np.ndarray], *, seen: FirstReads | None = None
+    ) -> None:
         self.shard, self.info, self.columns = shard, info, columns
+        self._seen = seen
 
     def __len__(self) -> int:
         return self.info.count
@@ -63,15 +69,28 @@ class ShardIndex:
         size = int(c["part_size"][at])
         return Part(int(c["part_offset"][at]), size, int(c["part_crc"][at])) if size >= 0 else None
 
+    def crc32(self, row: int, name: str) -> int | None:
+        """Return the checksum of a part that a sample has; None in an index of headers if nobody has read it."""
+        if not self.info.headers_only:
+            return int(self.columns["part_crc"][row, PARTS.index(name)])
+        seen = self._seen.get(row, name) if self._seen else None
+        return seen.crc32 if seen else None
+
+    def note(self, row: int, name: str, data: bytes, facts: VideoFacts | None = None) -> None:
+        """Keep the checksum, and the facts of a video, of a part that proved to be good, if they are not known yet."""
+        if self._seen and not self._seen.knows(row, name):
+            self._seen.note(row, name, Seen(zlib.crc32(data), facts))
+
     def extension(self, row: int) -> str:
         """Return the lower-case extension of the video part, "" if there is none."""
         return self.info.words[self.columns["extension"][row]]
 
     def facts(self, row: int) -> VideoFacts | None:
-        """Return what the probe found; None if it failed."""
+        """Return what the probe found; None if it failed, or if nobody has read the video of an index of headers."""
         c = self.columns
         if not c["width"][row]:
-            return None
+            seen = self._seen.get(row, "video") if self._seen else None
+            return seen.facts if seen else None
         return VideoFacts(
             width=int(c["width"][row]),
             height=int(c["height"][row]),
@@ -102,6 +121,8 @@ class ShardIndex:
         """Write the index to a temporary file, sync it and rename it to `path`, so that no reader sees half of it."""
         with storage.replacing(path) as file:
             file.write(dump(self.info, self.columns))
+        with suppress(FileNotFoundError):
+            os.unlink(seen_path(path))  # was found out of what was indexed before
 
     @classmethod
     def load(cls, path: str, *, shard: str | None = None) -> "ShardIndex":
@@ -118,7 +139,8 @@ class ShardIndex:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise IndexFileError(f"{path}: {reason}; {_remedy(shard, path)}") from error
-        return cls(shard, info, columns)
+        seen = FirstReads(seen_path(path), count=info.count) if info.headers_only else None
+        return cls(shard, info, columns, seen=seen)
 
 
 def index_url(shard: str) -> str:
@@ -208,7 +230,7 @@ def read_part(index: ShardIndex, row: int, name: str, *, cache: Cache | None = N
         raise SampleError(reason, index.key(row), shard, f"no {name} part")
     try:
         for data in _attempts(index, part, cache):
-            if index.info.headers_only or zlib.crc32(data) == part.crc32:
+            if index.crc32(row, name) in (None, zlib.crc32(data)):
                 return data
     except storage.StorageError as error:
         raise SampleError(Reason.READ_FAILED, index.key(row), shard, str(error)) from error
@@ -231,13 +253,14 @@ def meta_of(index: ShardIndex, row: int, *, cache: Cache | None = None) -> dict[
     Raises:
         SampleError: as `read_part`, or the text breaks a rule of `vlp.data.meta`.
     """
-    text, record = (
-        read_part(index, row, name, cache=cache) if index.part(row, name) else None for name in ("txt", "json")
-    )
+    parts = {name: read_part(index, row, name, cache=cache) for name in ("txt", "json") if index.part(row, name)}
     try:
-        return parse_meta(text, record)
+        meta = parse_meta(parts.get("txt"), parts.get("json"))
     except MetaError as error:
         raise SampleError(error.reason, index.key(row), shown(index.shard), error.detail) from error
+    for name, data in parts.items():
+        index.note(row, name, data)
+    return meta
 
 
 def fingerprint(indexes: Iterable[ShardIndex]) -> str:
@@ -339,20 +362,25 @@ def check_shard(shard: str, *, index_dir: str | None = None) -> list[str]:
     index = ShardIndex.load(index_path(shard, index_dir=index_dir), shard=shard)
     if index.info.headers_only:
         same = build_headers_index(shard, on_damage="keep").info == index.info
-        return [] if same else ["its headers differ; an index of headers knows no more"]
+        return list(_changed(index, index.info.size)) if same else ["its headers differ"]
     stream = HashedStream(shard)
     stream.seek(stream.size)
     if stream.sha256.hexdigest() == index.info.sha256:
         return []
     lines = [f"it has {stream.size} bytes, not {index.info.size}"] if stream.size != index.info.size else []
+    lines += _changed(index, stream.size)
+    return lines or ["no sample is damaged; headers or padding differ"]
+
+
+def _changed(index: ShardIndex, size: int) -> Iterator[str]:
+    """Yield a line for each part that is not as it was, in a shard of `size` bytes."""
     for row in range(len(index)):
         for name in PARTS:
-            part = index.part(row, name)
-            if part and part.offset + part.size > stream.size:
-                lines.append(f"{index.key(row)}: {name} part: cut off")
-            elif part and _crc32(shard, part) != part.crc32:
-                lines.append(f"{index.key(row)}: {name} part: its bytes have changed")
-    return lines or ["no sample is damaged; headers or padding differ"]
+            part, crc32 = index.part(row, name), index.crc32(row, name)
+            if part and part.offset + part.size > size:
+                yield f"{index.key(row)}: {name} part: cut off"
+            elif part and crc32 not in (None, _crc32(index.shard, part)):
+                yield f"{index.key(row)}: {name} part: its bytes have changed"
 
 
 def _crc32(shard: str, part: Part) -> int:

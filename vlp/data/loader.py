@@ -6,21 +6,29 @@ All of it is a function of the step, so a loader begins anywhere, and which work
 also tells which shards come next: remote ones are fetched ahead, if there is a cache.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vlp.data.bucket import Order
 from vlp.data.collate import collate
+from vlp.data.columns import PARTS
 from vlp.data.fields import ClipReader
 from vlp.data.mix import Schedule
+from vlp.data.remote import RETRY, is_remote
 from vlp.data.text import Tokenizer
-from vlp.data.workers import Workers, ordered
+from vlp.data.workers import Begin, Workers, ordered
 from vlp.types import Batch, Reason
 
+_LOST = {
+    Reason.DECODE_CRASH: "its loader worker died twice",
+    Reason.DECODE_TIMEOUT: "its loader worker hung twice; raise data.decode_timeout_s if it decodes, but slowly",
+}
 _SPLIT_AHEAD = 4  # shards of a split that are fetched while the first of them is read
 
 
@@ -60,9 +68,7 @@ class MicroBatches:
         self.num_clips = plan.global_batch // (world_size * accumulate)  # of a micro-batch
         self.buffer_bytes = self.num_clips * max(part.reader.sample_bytes for part in self.parts.values())
 
-    def __call__(
-        self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor
-    ) -> tuple[Batch, float]:
+    def __call__(self, job: int, *, begin: Begin, skip: Mapping[int, Reason], buffer: Tensor) -> tuple[Batch, float]:
         """Return the micro-batch and the mean seconds of decoding one of its clips."""
         step, micro = divmod(job, self.accumulate)
         source, cursor = self.schedule.turn(step)
@@ -86,7 +92,7 @@ class SplitBatches:
         self.num_batches = -(-len(self.ids) // batch_size)
         self.buffer_bytes = batch_size * reader.sample_bytes
 
-    def __call__(self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor) -> Batch:
+    def __call__(self, job: int, *, begin: Begin, skip: Mapping[int, Reason], buffer: Tensor) -> Batch:
         """Return a batch; the last one may be shorter."""
         ids = self.ids[job * self.batch_size : (job + 1) * self.batch_size]
         if self.reader.cache:
@@ -129,13 +135,21 @@ class SplitLoader:
         return ordered(self._work, range(len(self)), self._workers)
 
 
+def workers_for(readers: Iterable[ClipReader], *, num_workers: int, decode_s: float) -> Workers:
+    """Return the settings of a loader; a sample of remote shards may wait for storage in each of its parts."""
+    far = any(is_remote(shard) for reader in readers for shard in reader.shards)
+    stall_s = max(Workers().stall_s, decode_s) + far * len(PARTS) * RETRY.budget_s
+    pin_memory = torch.cuda.is_available()
+    return Workers(num_workers=num_workers, pin_memory=pin_memory, stall_s=stall_s, decode_s=decode_s)
+
+
 def _batch(
     reader: ClipReader,
     ids: Sequence[int] | np.ndarray,
     tokenizer: Tokenizer,
     *,
     epoch: int,
-    begin: Callable[[int], None],
+    begin: Begin,
     skip: Mapping[int, Reason],
     buffer: Tensor,
 ) -> tuple[Batch, float]:
@@ -143,8 +157,8 @@ def _batch(
     for number, sample_id in enumerate(map(int, ids)):
         begin(number)
         if number in skip:
-            samples.append(reader.tombstone(sample_id, epoch, skip[number], "its loader worker was lost twice"))
+            samples.append(reader.tombstone(sample_id, epoch, skip[number], _LOST.get(skip[number], "")))
         else:
-            samples.append(reader.read(sample_id, epoch))
+            samples.append(reader.read(sample_id, epoch, loaded=partial(begin, number, loaded=True)))
     batch = collate(samples, tokenizer, shape=reader.shape, buffer=buffer)
     return batch, sum(sample.decode_s for sample in samples) / max(1, sum(sample.decode_s > 0 for sample in samples))

@@ -8,8 +8,15 @@ T times.
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class Draws(Protocol):
+    """What a sampling asks of a generator: numbers from 0 to 1."""
+
+    def random(self, size: int | None = None) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,7 @@ class Segments:
     def __post_init__(self) -> None:
         _check_positive("num_frames", self.num_frames)
 
-    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
+    def __call__(self, duration_s: float, fps: float, rng: Draws | None) -> np.ndarray:
         inside = 0.5 if rng is None else rng.random(self.num_frames)
         times_s = (np.arange(self.num_frames) + inside) * (duration_s / self.num_frames)
         return _shown(times_s, duration_s, fps)
@@ -41,7 +48,7 @@ class Fps:
         _check_positive("num_frames", self.num_frames)
         _check_positive("fps", self.fps)
 
-    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
+    def __call__(self, duration_s: float, fps: float, rng: Draws | None) -> np.ndarray:
         num_times = min(max(1, int(duration_s * self.fps + 1e-6)), self.num_frames)  # 1e-6: 2.9999999 frames are three
         step_s = duration_s / num_times if num_times == self.num_frames else 1 / self.fps
         rest_s = duration_s - (num_times - 1) * step_s  # the first time may be anywhere in it
@@ -63,7 +70,7 @@ class Dense:
         _check_positive("num_frames", self.num_frames)
         _check_positive("window_s", self.window_s)
 
-    def __call__(self, duration_s: float, fps: float, rng: np.random.Generator | None) -> np.ndarray:
+    def __call__(self, duration_s: float, fps: float, rng: Draws | None) -> np.ndarray:
         window_s = min(self.window_s, duration_s)
         start_s = (duration_s - window_s) * (0.5 if rng is None else rng.random())
         times_s = start_s + (np.arange(self.num_frames) + 0.5) * (window_s / self.num_frames)

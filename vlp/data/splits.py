@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from vlp.data.columns import IndexFileError
 from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
-from vlp.data.loader import SplitBatches, SplitLoader
+from vlp.data.loader import SplitBatches, SplitLoader, workers_for
+from vlp.data.many_views import parse
 from vlp.data.shard_cache import ShardCache
 from vlp.data.storage import StorageError
 from vlp.data.text import Tokenizer
-from vlp.data.workers import Workers
+from vlp.data.workers import DECODE_S
 from vlp.types import Reason
 
 
@@ -21,10 +20,12 @@ class EvaluationSplits:
     Args:
         sources: name -> source, prepared. tokenizer: of the model.
         sampling, transforms, short_side: see `vlp.data.fields.Clips`.
-        num_workers: reading processes of each rank. index_dir, cache: for remote shards.
+        num_workers: reading processes of each rank. decode_timeout_s: the most that a sample may take to decode.
+        index_dir, cache: for remote shards.
+        views: "CLIPSxCROPS", see `vlp.data.many_views`; None looks once.
 
     Raises:
-        ValueError: a source has no test sample that can be used, or an index is missing.
+        ValueError: a source has no test sample that can be used, an index is missing, or the views make no sense.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class EvaluationSplits:
         num_workers: int,
         index_dir: str | None,
         cache: ShardCache | None,
+        decode_timeout_s: float = DECODE_S,
+        views: str | None = None,
     ) -> None:
         self.sources, self.tokenizer = dict(sources), tokenizer
         self._index_dir, self._cache = index_dir, cache
-        self._workers = Workers(num_workers=num_workers, pin_memory=torch.cuda.is_available())
-        clips = Clips(sampling, transforms, short_side)
+        clips = Clips(sampling, transforms, short_side, views=parse(views, transforms) if views else ())
         self._readers = {name: self._open(number, name, clips) for number, name in enumerate(self.sources)}
+        self._workers = workers_for(self._readers.values(), num_workers=num_workers, decode_s=decode_timeout_s)
 
     def reader(self, source: str, split: str) -> ClipReader:
         """Return the samples of the split "test"."""

@@ -52,17 +52,23 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop:
-    """Resize the middle square to `size` x `size`: the short side is kept whole. `rng` is not used."""
+    """Resize the middle square to `size` x `size`: the short side is kept whole. `rng` is not used.
+
+    `place` moves the square along the long side: 0 is its beginning, 1 its end.
+    """
 
     size: int
+    place: float = 0.5
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+        if not 0 <= self.place <= 1:
+            raise ValueError(f"place={self.place} must be between 0 and 1; change CenterCrop in the config.")
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         height, width = frames.shape[1:3]
         side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
+        top, left = int((height - side) * self.place), int((width - side) * self.place)
         return resize(frames[:, top : top + side, left : left + side], self.size, self.size)
 
 

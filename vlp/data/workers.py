@@ -41,6 +41,7 @@ _SIGNALS = (
     signal.SIGINT,
 )  # sent to every process of a job: the trainer decides, not we
 _ALIGN = 64
+DECODE_S = 10.0  # hundreds of times what a clip takes
 _START_FACTOR = 10  # a process that imports its modules may take this many times longer than a sample
 
 
@@ -49,24 +50,29 @@ class Workers(NamedTuple):
 
     num_workers: int = 2  # 0 = in this process, without protection
     prefetch: int = 2  # jobs in flight for each worker
-    stall_s: float = 30.0  # a worker that begins no sample for so long hangs
+    stall_s: float = 30.0  # a worker that reads at one sample for so long hangs
+    decode_s: float = DECODE_S  # and one that has read it, and does not come to the next for so long
     max_restarts: int = 5  # within an hour; restarts that one sample explains are not counted
     start_method: str | None = None  # "fork", "spawn" or "forkserver"; None = the default of the platform
     pin_memory: bool = False  # copy large tensors into page-locked memory, from where a GPU takes them faster
 
 
+class Begin(Protocol):
+    """Says that sample `number` of a job begins; then, with `loaded`, that all its bytes are there."""
+
+    def __call__(self, number: int, *, loaded: bool = False) -> None: ...
+
+
 class Work(Protocol):
     """What is done with a job; the result may hold tensors inside tuples.
 
-    It calls `begin(number)` before each sample, leaves out the samples in `skip`, by reason, and may put
-    contiguous tensors of at most `buffer_bytes` in all into `buffer` (uint8), to save a copy.
+    It calls `begin` for each sample, leaves out the samples in `skip`, by reason, and may put contiguous tensors of at
+    most `buffer_bytes` in all into `buffer` (uint8), to save a copy.
     """
 
     buffer_bytes: int
 
-    def __call__(
-        self, job: int, *, begin: Callable[[int], None], skip: Mapping[int, Reason], buffer: Tensor
-    ) -> Any: ...
+    def __call__(self, job: int, *, begin: Begin, skip: Mapping[int, Reason], buffer: Tensor) -> Any: ...
 
 
 class WorkerError(RuntimeError):
@@ -81,13 +87,17 @@ def ordered(work: Work, jobs: Iterable[int], workers: Workers) -> Generator[Any,
     if workers.num_workers == 0:
         for job in jobs:
             buffer = torch.empty(work.buffer_bytes, dtype=torch.uint8)
-            yield work(job, begin=lambda number: None, skip={}, buffer=buffer)
+            yield work(job, begin=_unseen, skip={}, buffer=buffer)
         return
     pool = _Pool(work, workers)
     try:
         yield from pool.results(iter(jobs))
     finally:
         pool.close()
+
+
+def _unseen(number: int, *, loaded: bool = False) -> None:
+    """Nobody watches."""
 
 
 class _LostError(Exception):
@@ -135,8 +145,8 @@ class _Worker:
 
     def start(self, skips: Mapping[int, dict[int, Reason]]) -> None:
         """Start the process and give it the pending tasks."""
-        # What the worker is at: number of samples begun (0 = starting), job and number in it of the last one.
-        self.beat = self._context.RawArray("q", [0, -1, -1])
+        # What the worker is at: signs of life (0 = starting), job and number in it of the last sample, is it loaded.
+        self.beat = self._context.RawArray("q", [0, -1, -1, 0])
         self._connection, theirs = self._context.Pipe()
         arguments = (self._work, theirs, self._memory, self._slot_bytes, self.beat, os.getpid())
         self._process = self._context.Process(target=_run, args=arguments, daemon=True)
@@ -163,18 +173,24 @@ class _Worker:
         return result
 
     def _receive(self) -> Any:
-        stall_s = self._settings.stall_s
         seen, since = self.beat[0], time.monotonic()
-        while not self._connection.poll(min(1.0, stall_s)):
+        while not self._connection.poll(min(1.0, self._limit_s())):
             if seen != self.beat[0]:
                 seen, since = self.beat[0], time.monotonic()
-            elif time.monotonic() - since > stall_s * (1 if seen else _START_FACTOR):
+            elif time.monotonic() - since > self._limit_s():
                 raise _LostError(Reason.DECODE_TIMEOUT, f"hung for {time.monotonic() - since:.0f} s")
         try:
             return self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(1)
             raise _LostError(Reason.DECODE_CRASH, f"died (exit code {self._process.exitcode})") from error
+
+    def _limit_s(self) -> float:
+        """Return how long the worker may show no sign of life."""
+        started, *_, loaded = self.beat
+        if loaded:  # no storage can be slow now
+            return self._settings.decode_s
+        return self._settings.stall_s * (1 if started else _START_FACTOR)
 
     def _send(self, task: _Task, skips: Mapping[int, dict[int, Reason]]) -> None:
         with suppress(ConnectionError):  # dead: the next `take` says so
@@ -217,7 +233,7 @@ class _Pool:
 
     def _restart(self, worker: _Worker, lost: _LostError) -> None:
         worker.kill()
-        _, job, number = worker.beat
+        _, job, number, _ = worker.beat
         skip = self._skips.setdefault(job, {})
         if (job, number) in self._suspects and number not in skip:
             skip[number] = lost.reason
@@ -249,10 +265,11 @@ def _run(work: Work, connection: Connection, memory: Any, slot_bytes: int, beat:
 
 
 def _result(work: Work, task: _Task, skip: Mapping[int, Reason], slot: Tensor, beat: Any) -> Any:
-    def begin(number: int) -> None:
-        beat[1], beat[2] = task.job, number
+    def begin(number: int, *, loaded: bool = False) -> None:
+        beat[1], beat[2], beat[3] = task.job, number, loaded
         beat[0] += 1
 
+    beat[3] = False  # before its first sample, a job may ask storage for indexes
     try:
         result = work(task.job, begin=begin, skip=skip, buffer=slot[: work.buffer_bytes])
         return _map(result, Tensor, _Packer(slot, buffer_bytes=work.buffer_bytes))

@@ -6,6 +6,7 @@ Axes: B clips.
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ class Captions:
         writer: vlp.eval.decoding.Greedy, Beam or Nucleus.
         min_length: tokens before a caption may end. max_length: tokens of a caption, the first and the last one
             included; never more than the texts trained on.
-        java: score with the public COCO code in Java, METEOR and SPICE included; see vlp.eval.coco_captions.
+        java: score with the public COCO code, which starts Java: true for all of bleu, rouge_l, cider, meteor, spice,
+            or a list of some; see vlp.eval.coco_captions. They are tried before anything is computed.
         num_examples: clips to show.
     """
 
@@ -57,23 +59,26 @@ class Captions:
         writer: Writer | None = None,
         min_length: int = 1,
         max_length: int = 32,
-        java: bool = False,
+        java: bool | list[str] = False,
         num_examples: int = 6,
     ) -> None:
         if not 0 <= min_length < max_length - 1:
             raise ValueError(f"min_length={min_length} must be at least 0 and below max_length - 1 = {max_length - 1}.")
-        if java and coco_captions.why_not():
-            raise ValueError(f"java=true: {coco_captions.why_not()}.")
+        self.java = coco_captions.ALL if java is True else tuple(java or ())
+        if self.java and (why := coco_captions.why_not(self.java)):
+            raise ValueError(f"java={java}: {why}; or set java=false for CIDEr, BLEU-4 and ROUGE-L in plain Python.")
         self.writer = writer or Greedy()
         self.num_clips, self.min_length, self.max_length = num_clips, min_length, max_length
-        self.java, self.num_examples = java, num_examples
+        self.num_examples = num_examples
 
     def protocol(self) -> dict[str, Any]:
         return {
             "decoding": self.writer.protocol(),
             "length": f"{self.min_length} to {self.max_length} tokens",
             "clips": "all" if self.num_clips is None else f"{self.num_clips}, evenly spaced",
-            "metrics": "pycocoevalcap, tokenised in Java" if self.java else "vlp, tokenised in Python",
+            "metrics": f"pycocoevalcap, tokenised in Java: {', '.join(self.java)}"
+            if self.java
+            else "vlp, tokenised in Python",
         }
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
@@ -110,7 +115,7 @@ class Captions:
         return {"title": self.title, "rows": rows, "each": each, "examples": examples}
 
     def _corpus(self, texts: Texts, references: References, clips: list[int]) -> tuple[list[dict], dict[str, Each]]:
-        score = coco_captions.score if self.java else caption_metrics.score
+        score = partial(coco_captions.score, metrics=self.java) if self.java else caption_metrics.score
         found = score(texts, references)
         others = score(texts, references[1:] + references[:1]).corpus if len(texts) > 1 else {}
         rows, each = [], {}

@@ -5,6 +5,7 @@
 
 import importlib
 import shutil
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,26 +18,27 @@ _SCORERS = {
     "meteor": ("pycocoevalcap.meteor.meteor", "Meteor"),
     "spice": ("pycocoevalcap.spice.spice", "Spice"),
 }
+ALL = tuple(_SCORERS)
 
 
-def why_not() -> str:
-    """Return why this evaluation cannot run here, or ''."""
+def why_not(metrics: Sequence[str] = ALL) -> str:
+    """Return why these metrics cannot be computed here, or ''; each scores one caption, so that Java really runs."""
     try:
-        importlib.import_module("pycocoevalcap")
-    except ImportError:
-        return "pycocoevalcap is not installed (pip install vlp[captions])"
-    return "" if shutil.which("java") else "there is no java on the path"
+        score(["a cat sleeps"], [["a cat is sleeping", "a cat sleeps"]], metrics=metrics)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def score(
-    captions: Sequence[str], references: Sequence[Sequence[str]], *, metrics: Sequence[str] = tuple(_SCORERS)
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, metrics: Sequence[str] = ALL
 ) -> CaptionScores:
     """Return the scores of the public code, tokenised in Java, as `vlp.eval.caption_metrics.score` does.
 
     Raises:
         ValueError: it is not installed, there is no Java, an unknown metric, or Java failed (its reason follows).
     """
-    problem = why_not()
+    problem = _absent()
     unknown = sorted(set(metrics) - _SCORERS.keys())
     if problem or unknown:
         raise ValueError(problem or f"metrics {unknown} are not known; choose from {', '.join(_SCORERS)}.")
@@ -48,10 +50,21 @@ def score(
     for name in metrics:
         try:
             found = _scorer(name).compute_score(theirs, ours)
-        except (OSError, ValueError, RuntimeError) as error:  # METEOR: an empty answer of a process that died
-            raise ValueError(f"{name} failed in Java ({error}); leave it out of `metrics`.") from error
+        # METEOR: an empty answer of a process that died. SPICE: no network for its models, or a Java that is too new.
+        except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+            rest = ", ".join(other for other in metrics if other != name)
+            raise ValueError(f"{name} failed in Java ({error}); without it: [{rest}].") from error
         _add(name, found, corpus, each)
     return CaptionScores(corpus, each)
+
+
+def _absent() -> str:
+    """Return what is not installed, or ''."""
+    try:
+        importlib.import_module("pycocoevalcap")
+    except ImportError:
+        return "pycocoevalcap is not installed (pip install vlp[captions])"
+    return "" if shutil.which("java") else "there is no java on the path"
 
 
 def _scorer(name: str) -> Any:

@@ -5,6 +5,7 @@ Axes: Q queries, C candidates, E embedding, G groups of candidates, N results.
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +73,17 @@ def chance_recall(k: int, num_candidates: int) -> float:
 def chance_rank(num_candidates: int) -> float:
     """Return the mean, and the median, rank of guessing among `num_candidates`."""
     return (num_candidates + 1) / 2
+
+
+def chance_several(k: int, sizes: Sequence[int], num_candidates: int) -> tuple[float, float]:
+    """Return the shares, in percent, in which guessing puts one, and all, of a query's answers among the first k.
+
+    `sizes` tells how many of the `num_candidates` are right for each query.
+    """
+    total = math.comb(num_candidates, k) if k < num_candidates else 1
+    none = [math.comb(num_candidates - size, k) / total if k < num_candidates else 0.0 for size in sizes]
+    every = [math.comb(k, size) / math.comb(num_candidates, size) if k < num_candidates else 1.0 for size in sizes]
+    return 100 * (1 - sum(none) / len(none)), 100 * sum(every) / len(every)
 
 
 def mixed_sample(correct: Tensor, num: int) -> list[int]:

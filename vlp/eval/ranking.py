@@ -40,6 +40,15 @@ def ranks(search: Search) -> Tensor:
     return found
 
 
+def ranks_of_every(video: Tensor, text: Tensor, owner: Tensor) -> Tensor:
+    """Return the rank [Q] of each caption among all captions, in the search of its own video [V, E], `owner` [Q].
+
+    The other captions of the video are candidates like any.
+    """
+    every = torch.arange(len(text))
+    return ranks(Search(video[owner], text, every, every))
+
+
 def dual_softmax_ranks(search: Search, scale: float) -> Tensor:
     """Return ranks [Q] int64 by similarity times its softmax over the queries; see `vlp.eval.metrics.dual_softmax`."""
     search = _plain(search)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlp import dist
 from vlp.eval import metrics, ranking
+from vlp.eval.every_caption import of_every_caption
 from vlp.eval.pairs import Pairs
 from vlp.eval.ranking import Search
 from vlp.eval.runner import EvalData, Scorer, collect, everyone, with_texts
@@ -33,6 +34,8 @@ class Retrieval:
 
     Args:
         max_captions: of a clip, the first ones; null takes all.
+        every_caption: rank each caption of a video by itself as well, in rows of their own: how many of a video's
+            captions are found, its best and its worst one. Source: arXiv:2408.07249 (hit ratio, best, worst).
         rerank: how many videos of each caption the matching head puts in order again; 0 for none.
         store: keep all embeddings beside the scores.
         num_examples: captions to show with what they found. num_results: clips to show for each.
@@ -44,6 +47,7 @@ class Retrieval:
         self,
         *,
         max_captions: int | None = None,
+        every_caption: bool = False,
         rerank: int = 0,
         store: bool = False,
         num_examples: int = 6,
@@ -52,7 +56,7 @@ class Retrieval:
         if (max_captions is not None and max_captions < 1) or rerank < 0:
             raise ValueError(f"max_captions={max_captions} must be at least 1 or null, rerank={rerank} at least 0.")
         self.max_captions, self.rerank, self.store = max_captions, rerank, store
-        self.num_examples, self.num_results = num_examples, num_results
+        self.num_examples, self.num_results, self.every_caption = num_examples, num_results, every_caption
         extra = ("fused_text",) if rerank else ()
         self.borrows: tuple[str, ...] = ("matching",) if rerank else ()
         self.needs: tuple[str, ...] = ("video_embed", "text_embed", "logit_scale", *extra)
@@ -101,6 +105,8 @@ class Retrieval:
         if self.store and self.data.embeddings is not None:
             save(found, self.data)
         scored = table(found)
+        if self.every_caption:
+            scored.add(*of_every_caption(found.video, found.text, found.owner, found.video_ids))
         for name, key, ranks in reranked:
             scored.add(direction(name, key, ranks, None, len(video)), _each_of_captions(found, key, ranks))
         examples = self._examples(found, scored.ranks)

@@ -118,7 +118,7 @@ def evaluate(
             batch = _with_whole_texts(batch, data)
             pictures.add(batch)
             seen += zip(batch.sample_id.tolist(), batch.valid.tolist(), strict=True)
-            forward = ForwardPass(model, Batch(*(x.to(device) for x in batch)), graph)
+            forward = _averaged(ForwardPass(model, Batch(*(x.to(device) for x in batch)), graph))
             for task in tasks.values():
                 task.update(batch, forward)
         counts = _counts(seen, data)
@@ -262,8 +262,23 @@ def _with_whole_texts(batch: Batch, data: EvalData) -> Batch:
         word_ids=word_ids,
         frames=F.pad(batch.frames, (0, 0, 0, 0, 0, 0, 0, missing)),
         frame_mask=F.pad(batch.frame_mask, (0, missing)),
+        more_frames=F.pad(batch.more_frames, (0, 0, 0, 0, 0, 0, 0, missing)),
+        more_frame_mask=F.pad(batch.more_frame_mask, (0, missing)),
         times_s=F.pad(batch.times_s, (0, missing)),
     )
+
+
+def _averaged(forward: ForwardPass) -> ForwardPass:
+    """Let `video_embed` be the mean over the views of each clip, where the batch brings several.
+
+    It is no unit vector then: its dot product with a text is the mean of what the views score.
+    """
+    views = zip(forward.fields["more_frames"].unbind(1), forward.fields["more_frame_mask"].unbind(1), strict=True)
+    passes = [forward.with_fields(frames=frames, frame_mask=mask) for frames, mask in views]
+    if passes:
+        embeds = [one.take("video_embed") for one in (forward, *passes)]
+        forward.values[forward.graph.node("video_embed")] = torch.stack(embeds).mean(0)
+    return forward
 
 
 def _recorded(

@@ -6,6 +6,7 @@ scores with their intervals and the protocol behind each. Ready for a hub, whose
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vlp.report.panels import newest_by_source
 from vlp.report.read import RunFiles, read_run
 from vlp.report.records import Evaluation, Row, Source, Task
 
+WRONG = 78  # as vlp.training.exits has it
 USE = "Research on video-language models: retrieval, captioning and questions about clips like those it was trained on."
 OUT_OF_USE = (
     "Decisions about people, surveillance, and clips unlike its training data, on which nothing below was measured."
@@ -40,7 +42,9 @@ def _lines(files: RunFiles, use: str) -> Iterator[str]:
     yield from (
         f"# {plain(run.name)}",
         "",
-        f"Trained with vlp; {run.step:,} of {run.max_steps:,} steps, {run.status}.",
+        f"Trained with vlp; {run.step:,} of {run.max_steps:,} steps, {run.status}."
+        if run.status != "imported"
+        else "Weights that were not trained here; `init.json` beside this card says where from.",
         "",
     )
     yield from ("## Intended use", "", plain(use), "", f"Not for: {OUT_OF_USE}", "")
@@ -119,17 +123,19 @@ def plain(text: str) -> str:
     return text.translate(table)
 
 
-def main() -> None:
-    """Write the card of the run that the command line names, and print where it is."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the card of the run that the command line names, print where it is; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m vlp.report.card", description="Write the model card of a run.")
     parser.add_argument("run_dir", help="directory of the run, such as runs/NAME")
     parser.add_argument("--use", default=USE, help="what the model is meant for")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         print(write_card(given.run_dir, use=given.use))
     except ValueError as error:
-        parser.error(str(error))
+        print(f"card: {error}", file=sys.stderr)
+        return WRONG
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

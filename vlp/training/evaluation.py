@@ -34,6 +34,7 @@ class Evaluator:
     Args:
         system: what is evaluated. cfg: its config. data: the test splits. directory: of the run.
         subject: what else a protocol card says of what is scored, such as the digest of its checkpoint.
+        views: how often each clip of `data` is looked at, see `vlp.data.many_views`; None once.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Evaluator:
         *,
         directory: Path,
         subject: Mapping[str, Any] = {},
+        views: str | None = None,
     ) -> None:
         self.cfg, self.data, self.directory, self.subject = cfg, data, directory, dict(subject)
+        self.views = views
         self.is_stopping: Callable[[], Any] = lambda: None
         self.marks: dict[str, str] = {}  # source -> what sets its scores apart from a published protocol
         self.graph = Graph(system.model, fields=Batch._fields, views={})
@@ -57,7 +60,7 @@ class Evaluator:
         self.skipped = {
             name: why
             for name, task in self.tasks.items()
-            if (why := _why_not(task, self.graph, system.trained, self.scorers))
+            if (why := _why_not(task, self.graph, system.trained, self.scorers) or self._why_once(task))
         }
         self.tasks = {name: task for name, task in self.tasks.items() if name not in self.skipped}
 
@@ -111,6 +114,19 @@ class Evaluator:
             embeddings=self.directory / "embeddings" / f"step-{step:06d}.{name}.safetensors",
         )
 
+    def _why_once(self, task: Any) -> str:
+        """Return why a task cannot look at a clip several times, or ''."""
+        for name in task.needs if self.views else ():
+            todo, seen = [self.graph.node(name)], set()
+            while todo:
+                node = todo.pop()
+                if node.name == "frames":
+                    return f"views are averaged in 'video_embed', and it takes '{name}'"
+                if node.name != "video_embed" and node not in seen:
+                    seen.add(node)
+                    todo += [need for need in self.graph.needs(node) if need is not None]
+        return ""
+
     def _protocol(self, fingerprint: str, name: str) -> dict[str, Any]:
         clip = self.cfg.clip
         return {
@@ -122,7 +138,7 @@ class Evaluator:
             "crop": plain(clip.transforms_test),
             "resolution": clip.size,
             "short_side": clip.short_side,
-            "views": "one clip, one crop",
+            "views": f"{self.views} (clips x crops), mean of their scores" if self.views else "one clip, one crop",
             "decoder": f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}",
             **({"mark": self.marks[name]} if name in self.marks else {}),
         }

@@ -249,6 +249,7 @@ class Attempt:
                 bucket_steps=cfg.data.bucket_steps,
                 balance=cfg.data.balance,
                 num_workers=cfg.data.num_workers,
+                decode_timeout_s=cfg.data.decode_timeout_s,
                 seed=cfg.run.seed,
                 sampling_train=config.build(cfg.clip.sampling_train, "clip.sampling_train"),
                 sampling_test=config.build(cfg.clip.sampling_test, "clip.sampling_test"),

@@ -56,6 +56,7 @@ FREE = (  # changes no number that the run computes, or only how it answers trou
     "trainer.checkpoint_activations",
     "trainer.compile",
     "data.num_workers",
+    "data.decode_timeout_s",
     "data.videos",  # the fingerprint of the shards decides, not where they lie
     "data.captions",
     "data.index_dir",
