@@ -21,7 +21,7 @@ def test_codes_are_those_of_the_least_distance():
     quantizer, x, found = quantized()
     near, table = F.normalize(quantizer.down(x), dim=-1), F.normalize(quantizer.table, dim=-1)
     for place in torch.ones(B, T, H, W).nonzero().tolist():
-        distances = [float((near[tuple(place)] - code).norm()) for code in table]
+        distances = [float((near[tuple(place)] - code).detach().norm()) for code in table]
         assert int(found.codes[tuple(place)]) == distances.index(min(distances))
 
 
