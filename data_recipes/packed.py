@@ -39,6 +39,8 @@ def lines(path: str) -> Iterator[tuple[str, int, int]]:
                 at += len(line)
             return
         for begin, end in zip(offsets, [*offsets[1:], size], strict=True):
+            if begin and os.pread(file.fileno(), 1, begin - 1) != b"\n":
+                raise ValueError(f"{path!r} has no line at byte {begin}, as its .lineidx says; remove the .lineidx.")
             yield _id(os.pread(file.fileno(), min(end - begin, _MAX_ID), begin), path, begin), begin, end - begin
 
 

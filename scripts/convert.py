@@ -1,6 +1,7 @@
 """Convert checkpoints, whatever strategy and number of ranks wrote them.
 
     python scripts/convert.py export RUN_OR_CHECKPOINT OUT.safetensors [--ema]    one file with every tensor
+    python scripts/convert.py export --to hf_clip|open_clip RUN_OR_CHECKPOINT OUT_DIR    two towers in CLIP's layouts
     python scripts/convert.py parts RUN_OR_CHECKPOINT OUT_DIR [--ema]             Hugging Face and timm layouts
     python scripts/convert.py import --from KIND FILE OUT.safetensors             published weights, for init.run=OUT
     python scripts/convert.py run OUT.safetensors +experiment=NAME [KEY=VALUE ...]      a run to evaluate, untrained
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from safetensors.torch import save_file
 
-from vlp.training import as_run, export, published
+from vlp.training import as_run, clip_layouts, export, published
 from vlp.training.exits import reported
 
 
@@ -30,10 +31,12 @@ def main(arguments: list[str]) -> int:
         command.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
         command.add_argument("out", type=Path, metavar=out)
         command.add_argument("--ema", action="store_true", help="the averaged weights")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, kind=None)
+        if run is _export:
+            command.add_argument("--to", dest="kind", choices=list(clip_layouts.LAYOUTS), help="a layout of CLIP")
     command = commands.add_parser("import", help=_import.__doc__)
     command.add_argument("--from", dest="kind", required=True, choices=list(published.LAYOUTS))
-    command.add_argument("source", type=Path, metavar="FILE")
+    command.add_argument("source", type=Path, metavar="FILE", help="or a folder with model.safetensors")
     command.add_argument("out", type=Path, metavar="OUT.safetensors")
     command.set_defaults(run=_import)
     command = commands.add_parser("run", help=_run.__doc__)
@@ -45,8 +48,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _export(chosen: argparse.Namespace) -> int:
-    """Write one safetensors file with every frozen, tied and buffer tensor."""
+    """Write one safetensors file with every frozen, tied and buffer tensor, or two towers in a layout of CLIP."""
     source = export.open_source(chosen.source)
+    if chosen.kind is not None:
+        left = export.export_clip(source, chosen.out, kind=chosen.kind, averaged=chosen.ema)
+        print(f"{chosen.out}: step {source.stored.step} as {chosen.kind}; left out: {', '.join(left) or 'nothing'}")
+        return 0
     count = export.export(source, chosen.out, averaged=chosen.ema)
     print(f"{chosen.out}: {count} tensors of step {source.stored.step}; its outputs are those of the checkpoint")
     return 0

@@ -31,7 +31,9 @@ trainer: {{max_steps: 9, accumulate: 1, precision: 32-true, strategy: auto, devi
   check_replicas_every: null, ledger: false, bad_sample_budget: 0.1, checkpoint_every: 1,
   keep_checkpoints: 2, checkpoint_async: true, compile: false,
   checkpoint_activations: false, num_threads: null, progress_bar: false}}
-clip: {{num_frames: 4, size: 8, short_side: 10, more_clips: 0, sampling_train: {PART}, sampling_test: {PART},
+adapter: {{}}
+clip: {{modality: video, decoder: {PART}, width: 8, num_frames: 4, size: 8, short_side: 10, more_clips: 0,
+  sampling_train: {PART}, sampling_test: {PART},
   transforms_train: [{PART}], transforms_test: []}}
 tokenizer: {{name: null, revision: null, vocab_size: 7, max_length: 5, pad_id: 0, bos_id: 2, eos_id: 3, mask_id: 4}}
 video: {{_target_: vlp.objectives.masked_words.MaskedWords, dim: 3, vocab_size: "${{tokenizer.vocab_size}}"}}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from tiny_runs import train
 
 from vlp import config
@@ -27,6 +28,19 @@ def test_scores_of_the_newest_checkpoint_are_those_of_the_run(run, capsys):
     after = json.loads(path.read_text())
     assert [task["rows"] for task in after["tasks"].values()] == [task["rows"] for task in before["tasks"].values()]
     assert "val/world/t2v_r1" in capsys.readouterr().out
+
+
+def test_a_run_of_an_older_vlp_gets_the_keys_that_it_did_not_know(run, tmp_path):
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    for section, key in (("data", "decode_timeout_s"), ("cluster", "gpu"), ("trainer", "zero")):
+        del kept[section][key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(kept))
+    cfg, _ = evaluate_run.load_config(tmp_path, None, [])
+    assert cfg == evaluate_run.load_config(run, None, [])[0]
+    del kept["video"]["_target_"]  # a part has no default
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(kept))
+    with pytest.raises(config.ConfigError, match="video"):
+        evaluate_run.load_config(tmp_path, None, [])
 
 
 def test_one_task_alone_can_be_asked(run, capsys):

@@ -22,6 +22,9 @@ WORDS = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 TOKENS = {"vocab_size": 30, "bos_token_id": 27, "eos_token_id": 29, "pad_token_id": 29, "max_position_embeddings": 7}
 
 
+_LAYER = "vision_model.encoder.layers.0.self_attn"
+
+
 def hugging_face() -> CLIPModel:
     torch.manual_seed(0)
     made = CLIPConfig(
@@ -95,6 +98,14 @@ def test_clip_of_hugging_face_gives_the_same_embeddings():
         forward.take("text_embed"), F.normalize(source.text_projection(last), dim=-1), atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(forward.take("logit_scale"), source.logit_scale.exp())
+
+
+def test_a_folder_of_hugging_face_is_taken_by_its_weights(tmp_path):
+    with pytest.raises(config.ConfigError, match=r"model\.safetensors' does not exist"):
+        published.import_file(tmp_path, "hf_clip")
+    hugging_face().save_pretrained(tmp_path)
+    found, same = published.import_file(tmp_path, "hf_clip"), published.convert(hugging_face().state_dict(), "hf_clip")
+    assert found.tensors.keys() == same.tensors.keys()
 
 
 @torch.no_grad()
@@ -186,6 +197,27 @@ def test_violet_fills_every_parameter_of_its_experiment():
     found = published.convert(tensors, "violet")
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == own
     assert set(found.left_out) == {"enc_txt.emb_txt.position_ids", "enc_txt.emb_txt.token_type_embeddings.weight"}
+
+
+@pytest.mark.parametrize("below", [".base_layer", ""])  # of newer and of older releases of peft
+def test_products_of_peft_are_those_of_the_joint_layer(below):
+    encoder, tensors = "vision_model.encoder.base_model.model.layers.0", {}
+    plain = hugging_face().state_dict()
+    for part in ("q", "k", "v", "out"):
+        layer = f"{encoder}.self_attn.{part}_proj"
+        tensors |= {f"{layer}{below}.{kind}": plain[f"{_LAYER}.{part}_proj.{kind}"] for kind in ("weight", "bias")}
+        tensors[f"{layer}.lora_A.default.weight"] = torch.full((2, 24), float(ord(part[0])))
+        tensors[f"{layer}.lora_B.default.weight"] = torch.randn(24, 2)
+    found = published.convert(tensors, "languagebind").tensors
+    block = "model.video_encoder.blocks.0.block.attn"
+    assert found[f"{block}.qkv.lora_down"][::2, 0].tolist() == [float(ord(part)) for part in "qkv"]
+    ups = [tensors[f"{encoder}.self_attn.{part}_proj.lora_B.default.weight"] for part in "qkv"]
+    assert torch.equal(found[f"{block}.qkv.lora_up"], torch.stack(ups)) and found[f"{block}.proj.lora_up"].shape == (
+        1,
+        24,
+        2,
+    )
+    assert found[f"{block}.qkv.weight"].shape == (72, 24) and len(found) == 8
 
 
 def test_rows_that_violet_adds_are_added():

@@ -60,6 +60,16 @@ def test_the_state_of_every_strategy_is_that_of_one_process(saved, strategy):
         torch.testing.assert_close(actual[key], value, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("strategy", grid.STRATEGIES)
+def test_low_rank_products_move_the_same_under_every_strategy(one, two, strategy):
+    layers = "adapter.low_rank.layers={model.text_encoder.*.query:1,model.fusion.*.qkv:3}"
+    cell = Cell("video", steps=2, more=(*EMA, "adapter=[low_rank]", layers, "adapter.low_rank.rank=2"))
+    expected, actual = ends([one.run(train, cell)[0]]), ends(two.run(train, cell._replace(strategy=strategy)))
+    assert any("lora_up" in key for key in actual) and expected.keys() == actual.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [("zero3", "auto"), ("auto", "zero3"), ("ddp", "zero1"), ("zero1", "zero2"), ("zero2", "zero3"), ("zero3", "ddp")],

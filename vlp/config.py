@@ -44,6 +44,7 @@ _BESIDE_ARGUMENTS = {  # types of what a node may hold that is no argument
     "tiny": dict[str, Any] | None,
     "weight": float,
     "inputs": dict[str, str | list[str]] | None,
+    "modality": str | None,
 }
 
 
@@ -397,6 +398,10 @@ def _value_errors(tree: Mapping) -> Iterator[str]:
         yield f"trainer.zero.offload_parameters: {trainer['strategy']} cannot; set trainer.strategy=zero3."
     if clip["short_side"] < clip["size"]:
         yield f"clip.short_side: {clip['short_side']} is below clip.size={clip['size']}; set it to at least clip.size."
+    for name, node in tree["data"]["sources"].items():
+        other = (node or {}).get("modality")
+        if other is not None and other != clip["modality"]:
+            yield f"data.sources.{name}.modality: {other!r} is not what clips show; set modality={other}."
     betas = tree["optim"]["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas: {betas} is not possible; write two numbers of at least 0 and below 1."
@@ -411,7 +416,14 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
         *(f"trainer.{key}" for key in ("num_nodes", "num_threads", "keep_checkpoints", "zero.bucket_elements")),
         *("trainer.spike_window", "trainer.check_replicas_every", "run.hold_after"),
         *(f"data.{key}" for key in ("batch_size", "num_lanes", "window_shards", "bucket_steps")),
-        *("clip.num_frames", "clip.size", "tokenizer.vocab_size", "tokenizer.max_length", "run.stop_after"),
+        *(
+            "clip.num_frames",
+            "clip.size",
+            "clip.width",
+            "tokenizer.vocab_size",
+            "tokenizer.max_length",
+            "run.stop_after",
+        ),
         *(f"cluster.{key}" for key in ("nodes", "gpus_per_node", "cores_per_node", "num_clips")),
     ),
     ("0 or more", lambda value: value >= 0): (

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.data.decode import DecodeError, decode
+from vlp.data.decode import DecodeError
 from vlp.data.probe import ProbeError, probe
 from vlp.data.text import Tokenizer
 from vlp.forward import ForwardPass, Graph
-from vlp.training import checkpoint, prepare, state
+from vlp.training import checkpoint, prepare, state, stored_config
 from vlp.training.assemble import assemble
 from vlp.types import Batch, nothing_more
 
@@ -38,7 +36,7 @@ class Loaded:
         stored, refused = checkpoint.newest_valid(run / "checkpoints")
         if stored is None:
             raise ValueError(f"{run}: there is no valid checkpoint {refused or ''}; train the run further.")
-        self.cfg = DictConfig(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        self.cfg = stored_config.read(run)
         messages = config.check(self.cfg)  # the file may come from a stranger: it is data, checked like any config
         if messages:
             raise ValueError(f"{run / 'config.yaml'}: {'; '.join(messages)}")
@@ -72,7 +70,8 @@ class Loaded:
             length = facts.duration_s / count
             choose = config.build(self.cfg.clip.sampling_test)
             times = [choose(length, facts.fps, None) + length * number for number in range(count)]
-            frames = decode(data, np.concatenate(times), short_side=self.cfg.clip.short_side).frames
+            look = config.build(self.cfg.clip.decoder)
+            frames = look(data, np.concatenate(times), short_side=self.cfg.clip.short_side).frames
         except (ProbeError, DecodeError) as error:
             raise ValueError(f"{path}: {error}") from error
         for node in self.cfg.clip.transforms_test:
@@ -83,7 +82,7 @@ class Loaded:
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors [N, E] of texts."""
-        frames = torch.zeros(len(texts), 1, self.cfg.clip.size, self.cfg.clip.size, 3, dtype=torch.uint8)
+        frames = torch.zeros(len(texts), 1, self.cfg.clip.size, self.cfg.clip.width, 3, dtype=torch.uint8)
         return self._take("text_embed", frames, texts)
 
     def similarity(self, videos: str | Path | Sequence[str | Path], texts: Sequence[str]) -> Tensor:
@@ -106,7 +105,7 @@ class Loaded:
         try:
             facts = probe(data)
             times_s = config.build(clip.sampling_test)(facts.duration_s, facts.fps, None)
-            frames = decode(data, times_s, short_side=clip.short_side).frames
+            frames = config.build(clip.decoder)(data, times_s, short_side=clip.short_side).frames
         except (ProbeError, DecodeError) as error:
             raise ValueError(f"{path}: {error}") from error
         for node in clip.transforms_test:

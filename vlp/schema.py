@@ -68,8 +68,11 @@ class Trainer:
 
 @dataclasses.dataclass
 class Clip:
+    modality: str  # what the pictures show; all sources that say what they hold must hold this
+    decoder: Node  # bytes of the video part of a sample -> pictures
     num_frames: int
-    size: int  # pixels a side that the model sees
+    size: int  # pixels from top to bottom that the model sees
+    width: int  # from left to right; `size` but for spectrograms
     short_side: int  # pixels to which the decoder scales the shorter side
     more_clips: int  # other clips of each training sample, out of the same decode
     sampling_train: Node
@@ -105,7 +108,7 @@ class Data:
     index_dir: str  # where the indexes of remote shards lie
     cache_dir: str | None  # on a local disk, where remote shards are kept; null reads them by range
     cache_gib: float  # the most that it holds
-    sources: Annotated[dict[str, Any], Parts({"weight"})]
+    sources: Annotated[dict[str, Any], Parts({"weight", "modality"})]
 
 
 @dataclasses.dataclass
@@ -178,6 +181,7 @@ class Root:
     fusion: Node | None
     decoder: Node | None
     model: Node
+    adapter: Annotated[dict[str, Any], Parts()]  # what is put beside layers of the built model, in order
     optim: Optim
     schedule: Node
     eval: Eval

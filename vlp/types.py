@@ -33,6 +33,7 @@ class Reason(IntEnum):
     DECODE_TIMEOUT = 13
     DECODE_CRASH = 14
     DUPLICATE_KEY = 15
+    NO_SOUND = 16  # no sound stream, or none that decodes, where the sound is what is learnt from
 
 
 class SampleError(Exception):

@@ -7,7 +7,8 @@ from typing import Any
 from vlp.data.balance import Balanced
 from vlp.data.bucket import Bucketed, Order
 from vlp.data.columns import IndexFileError
-from vlp.data.fields import ClipReader, Clips, Sampling, ShardsError, Source, Transform
+from vlp.data.decode import Pictures
+from vlp.data.fields import ClipReader, Clips, Decoder, Sampling, ShardsError, Source, Transform
 from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader, workers_for
 from vlp.data.mix import Schedule
 from vlp.data.plan import Plan, check_layout
@@ -35,7 +36,8 @@ class VideoTextData:
         balance: deal the clips of a step to ranks and micro-batches by size, see `vlp.data.balance`.
         num_workers: reading processes of each rank. decode_timeout_s: the most that a sample may take to decode.
         seed: of the run.
-        sampling_train, sampling_test, transforms_train, transforms_test, short_side: see `vlp.data.fields.Clips`.
+        sampling_train, sampling_test, transforms_train, transforms_test, short_side, decoder: see
+            `vlp.data.fields.Clips`; the frames of the video where no decoder is given.
         more_clips: other clips of each training sample. texts: chooses its texts, see `vlp.data.texts`.
         make_tokenizer: gets the training captions, which it may ignore.
         index_dir: where the indexes of remote shards lie. cache: keeps remote shards on this machine.
@@ -69,6 +71,7 @@ class VideoTextData:
         balance: bool = False,
         more_clips: int = 0,
         decode_timeout_s: float = DECODE_S,
+        decoder: Decoder | None = None,
     ) -> None:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
         self.sources, self.weights = dict(sources), {name: float(weights[name]) for name in sources}
@@ -78,8 +81,8 @@ class VideoTextData:
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
         self._index_dir, self._cache, self._texts = index_dir, cache, texts
         clips = {
-            "train": Clips(sampling_train, transforms_train, short_side, more_clips),
-            "test": Clips(sampling_test, transforms_test, short_side),
+            "train": Clips(sampling_train, transforms_train, short_side, more_clips, decoder=decoder or Pictures()),
+            "test": Clips(sampling_test, transforms_test, short_side, decoder=decoder or Pictures()),
         }
         self._readers = {
             (name, split): self._open(name, split, clips[split]) for name in self.sources for split in SPLITS

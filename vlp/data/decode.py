@@ -43,6 +43,17 @@ class Decoded(NamedTuple):
     times_s: np.ndarray  # float64 [T], when each frame begins to be displayed, from the first displayed frame
 
 
+class Pictures:
+    """The frames of a video, or a still image, as `decode` gives them; a decoder by config, see `vlp.data.fields`."""
+
+    height = width = None  # those of the video
+
+    def __call__(
+        self, data: bytes, times_s: np.ndarray, *, short_side: int | None, key_frames: np.ndarray | None = None
+    ) -> Decoded:
+        return decode(data, times_s, short_side=short_side, key_frames=key_frames)
+
+
 def decode(
     data: bytes, times_s: np.ndarray, *, short_side: int | None, key_frames: np.ndarray | None = None
 ) -> Decoded:

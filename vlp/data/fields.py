@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vlp.data import storage
 from vlp.data.columns import IndexFileError
-from vlp.data.decode import Decoded, DecodeError, decode
+from vlp.data.decode import Decoded, DecodeError, Pictures
 from vlp.data.index import (
     ShardIndex,
     build_headers_index,
@@ -173,6 +173,22 @@ class Sampling(Protocol):
     def __call__(self, duration_s: float, fps: float, rng: Draws | None) -> np.ndarray: ...
 
 
+class Decoder(Protocol):
+    """Makes pictures of the video part of a sample: its frames, or what its sound looks like."""
+
+    @property
+    def height(self) -> int | None: ...  # pixels of every picture; None where they are those of the video
+
+    @property
+    def width(self) -> int | None: ...
+
+    def __call__(
+        self, data: bytes, times_s: np.ndarray, *, short_side: int | None, key_frames: np.ndarray | None = None
+    ) -> Decoded:
+        """Return uint8 [T, H, W, 3] at times_s [T]. Raises DecodeError."""
+        ...
+
+
 class Clips(NamedTuple):
     """How a video becomes a clip."""
 
@@ -181,14 +197,15 @@ class Clips(NamedTuple):
     short_side: int | None  # pixels of the shorter side when decoded; None = as coded
     num_more: int = 0  # other clips of a training sample
     views: Sequence[View] = ()  # of a test sample; none looks once, with the sampling and the transforms above
+    decoder: Decoder = Pictures()
 
     def shape(self) -> tuple[int, int, int, int]:
         """Return [T, H, W, 3] of every clip. Raises ValueError if its size depends on the video."""
         side = self.short_side or 64
-        sizes = {
-            self.transformed(np.zeros((1, *size, 3), np.uint8), 0).shape
-            for size in ((side, 2 * side), (side, side), (2 * side, side))
-        }
+        made = ((side, 2 * side), (side, side), (2 * side, side))
+        if self.decoder.height is not None and self.decoder.width is not None:
+            made = ((self.decoder.height, self.decoder.width),)
+        sizes = {self.transformed(np.zeros((1, *size, 3), np.uint8), 0).shape for size in made}
         if len(sizes) > 1 or len(next(iter(sizes))) != 4:
             raise ValueError(
                 f"the transforms make {' and '.join(map(str, sorted(sizes)))} of videos of different shapes; "
@@ -373,7 +390,7 @@ class ClipReader:
         times_s = [self._times(facts, key, number) for number in range(1 + self.num_more)]
         began = time.perf_counter()
         try:  # one decode for all clips: it sorts the times, and decodes a frame that two of them want once
-            decoded = decode(
+            decoded = self.clips.decoder(
                 video, np.concatenate(times_s), short_side=self.clips.short_side, key_frames=facts.key_frames
             )
         except DecodeError as error:

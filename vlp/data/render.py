@@ -17,6 +17,7 @@ from einops import rearrange
 
 from vlp.data.rng import generator
 from vlp.data.scene import KEEP_OUT, Scene, Track, tracks
+from vlp.data.soundtrack import RATE
 
 NOISE = 3.0  # standard deviation of the sensor noise, in 0..255
 _X264 = "mbtree=0"  # with B-frames and small pictures, mbtree reads memory that nobody wrote: bytes would vary
@@ -54,18 +55,32 @@ def check_shape(*, size: int, num_frames: int) -> None:
         raise ValueError(f"num_frames={num_frames} shows no time; use at least 2.")
 
 
-def encode_h264(frames: np.ndarray, *, fps: float) -> bytes:
-    """Return uint8 frames [T, H, W, 3] as an mp4 file; equal bytes for equal frames on one machine."""
+def encode_h264(frames: np.ndarray, *, fps: float, sound: np.ndarray | None = None) -> bytes:
+    """Return uint8 frames [T, H, W, 3] as an mp4 file; equal bytes for equal frames on one machine.
+
+    `sound` [N] in -1..1, at the rate of `vlp.data.soundtrack`, becomes a track of AAC.
+    """
     target = io.BytesIO()
     # No dates or version tags in the container, so that the digest of a shard can be reproduced.
     with av.open(target, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         options = {"preset": "veryfast", "crf": "26", "g": "12", "bf": "2", "x264-params": _X264}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        track = None if sound is None else container.add_stream("aac", rate=RATE, layout="mono")
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+        if track is not None and sound is not None:
+            frame = av.AudioFrame.from_ndarray(sound[None].astype(np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
+            container.mux(track.encode(frame))
+            container.mux(track.encode())
     return target.getvalue()
+
+
+def grey(frames: np.ndarray) -> np.ndarray:
+    """Return uint8 frames [T, H, W, 3] whose three colours are the mean of what they were."""
+    return np.repeat(frames.mean(-1, keepdims=True).round().astype(np.uint8), 3, axis=-1)
 
 
 def _background(key: int, num_frames: int, size: int) -> Iterator[np.ndarray]:

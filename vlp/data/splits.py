@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlp.data.columns import IndexFileError
-from vlp.data.fields import ClipReader, Clips, Sampling, Source, Transform
+from vlp.data.fields import ClipReader, Clips, Decoder, Sampling, Source, Transform
 from vlp.data.loader import SplitBatches, SplitLoader, workers_for
 from vlp.data.many_views import parse
 from vlp.data.shard_cache import ShardCache
@@ -19,7 +19,7 @@ class EvaluationSplits:
 
     Args:
         sources: name -> source, prepared. tokenizer: of the model.
-        sampling, transforms, short_side: see `vlp.data.fields.Clips`.
+        sampling, transforms, short_side, decoder: see `vlp.data.fields.Clips`.
         num_workers: reading processes of each rank. decode_timeout_s: the most that a sample may take to decode.
         index_dir, cache: for remote shards.
         views: "CLIPSxCROPS", see `vlp.data.many_views`; None looks once.
@@ -36,6 +36,7 @@ class EvaluationSplits:
         sampling: Sampling,
         transforms: Sequence[Transform],
         short_side: int | None,
+        decoder: Decoder,
         num_workers: int,
         index_dir: str | None,
         cache: ShardCache | None,
@@ -44,7 +45,8 @@ class EvaluationSplits:
     ) -> None:
         self.sources, self.tokenizer = dict(sources), tokenizer
         self._index_dir, self._cache = index_dir, cache
-        clips = Clips(sampling, transforms, short_side, views=parse(views, transforms) if views else ())
+        looks = parse(views, transforms) if views else ()
+        clips = Clips(sampling, transforms, short_side, views=looks, decoder=decoder)
         self._readers = {name: self._open(number, name, clips) for number, name in enumerate(self.sources)}
         self._workers = workers_for(self._readers.values(), num_workers=num_workers, decode_s=decode_timeout_s)
 

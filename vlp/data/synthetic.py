@@ -20,12 +20,15 @@ from tqdm import tqdm
 from vlp.data import storage
 from vlp.data.columns import IndexFileError
 from vlp.data.index import ShardIndex, check_shard, fingerprint, index_url
-from vlp.data.render import check_shape, encode_h264, render
+from vlp.data.render import check_shape, encode_h264, grey, render
 from vlp.data.scene import Scene, scene
 from vlp.data.shards import Raw, write_shards
+from vlp.data.soundtrack import soundtrack
 from vlp.data.wording import captions, choices, hard_negative, phrases, questions
 
 SPLITS = ("train", "test")
+GREY = ("depth", "thermal")
+SHOWN = ("video", "audio", *GREY)
 
 _VERSION = 1  # of scenes, words and drawing; another one renders every world anew
 _MANIFEST = "manifest.json"
@@ -51,6 +54,8 @@ class World:
         num_frames: of each clip.
         fps: frames a second.
         clips_per_shard: small, so that there are shards for every lane of the plan.
+        shows: "video"; "audio" gives the clips a sound, see `vlp.data.soundtrack`; "depth" and "thermal" make them
+            grey, which stands for what such cameras see.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class World:
         num_frames: int = 32,
         fps: float = 12.0,
         clips_per_shard: int = 100,
+        shows: str = "video",
     ) -> None:
         for name, value in {"num_train": num_train, "num_test": num_test, "clips_per_shard": clips_per_shard}.items():
             if value < 1:
@@ -71,9 +77,11 @@ class World:
         if not 0 < fps < math.inf:
             raise ValueError(f"fps={fps} must be above 0; the usual is 12.")
         check_shape(size=size, num_frames=num_frames)
+        if shows not in SHOWN:
+            raise ValueError(f"shows={shows!r} is not known; use one of {', '.join(SHOWN)}.")
         self.num_clips = {"train": num_train, "test": num_test}
         self.seed, self.size, self.num_frames, self.fps = seed, size, num_frames, fps
-        self.clips_per_shard = clips_per_shard
+        self.clips_per_shard, self.shows = clips_per_shard, shows
         self.directory = os.path.join(root, f"world-{self._digest()}")
 
     def prepare(self) -> None:
@@ -113,7 +121,14 @@ class World:
 
     def _parameters(self) -> dict[str, Any]:
         shape = {"size": self.size, "num_frames": self.num_frames, "fps": self.fps}
-        return {"version": _VERSION, "seed": self.seed, **self.num_clips, **shape, "shard": self.clips_per_shard}
+        other = {} if self.shows == "video" else {"shows": self.shows}
+        return {
+            "version": _VERSION,
+            "seed": self.seed,
+            **self.num_clips,
+            **shape,
+            "shard": self.clips_per_shard,
+        } | other
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self._parameters(), sort_keys=True).encode()).hexdigest()[:12]
@@ -153,7 +168,9 @@ class World:
 
     def _sample(self, split: str, index: int) -> Raw:
         clip = scene(self.seed, index, split, duration_s=self.num_frames / self.fps)
-        video = encode_h264(render(clip, size=self.size, num_frames=self.num_frames), fps=self.fps)
+        frames = render(clip, size=self.size, num_frames=self.num_frames)
+        sound = soundtrack(clip) if self.shows == "audio" else None
+        video = encode_h264(grey(frames) if self.shows in GREY else frames, fps=self.fps, sound=sound)
         return Raw(f"{split}-{index:06d}", video, "mp4", meta(clip))
 
     def _read_manifest(self) -> dict[str, dict[str, Any]]:

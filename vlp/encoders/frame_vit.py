@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlp.encoders.timm_model import image_model
-from vlp.layers.attention import SelfAttention
+from vlp.layers.attention import SelfAttention, silence
 from vlp.layers.position import LearnedPositions
 from vlp.types import Grid
 
@@ -72,13 +72,7 @@ class TemporalBlock(nn.Module):
         nn.init.normal_(self.temporal_positions.table, std=dim**-0.5)
         self.temporal_norm = nn.LayerNorm(dim)
         self.temporal_attn = SelfAttention(dim=dim, num_heads=num_heads)
-        nn.init.trunc_normal_(self.temporal_attn.qkv.weight, std=0.02, a=-0.04, b=0.04)
-        for parameter in (
-            self.temporal_attn.qkv.bias,
-            self.temporal_attn.proj.weight,
-            self.temporal_attn.proj.bias,
-        ):
-            nn.init.zeros_(parameter)
+        silence(self.temporal_attn)
 
     @torch.no_grad()
     def copy_from_space(self) -> None:
@@ -114,6 +108,7 @@ class FrameVit(nn.Module):
         num_frames: int,
         size: int,
         time: TimeExchange,
+        width: int | None = None,
         pretrained: bool = False,
         checkpoint_path: str | None = None,
         overrides: dict[str, Any] | None = None,
@@ -123,7 +118,8 @@ class FrameVit(nn.Module):
         """Build the encoder; see `vlp.encoders.timm_model.image_model` for the arguments that it shares.
 
         Args:
-            num_frames: most frames of a clip. size: pixels a side of a frame.
+            num_frames: most frames of a clip. size: pixels of a frame from top to bottom. width: from left to right,
+                `size` where not given.
             time: NoExchange or TokenOverTime.
             patch_drop: share of the patches that training leaves out, the same places in all frames of a clip.
                 Source: arXiv:2212.00794.
@@ -136,7 +132,7 @@ class FrameVit(nn.Module):
             raise ValueError(f"patch_drop={patch_drop} is not a share; it must be at least 0 and below 1.")
         model: Any = image_model(
             name,
-            size=size,
+            size=size if width is None else (size, width),
             pretrained=pretrained,
             checkpoint_path=checkpoint_path,
             overrides=overrides,

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vlp.layers.attention import SelfAttention, attend
+from vlp.layers.attention import SelfAttention, attend, silence
 from vlp.layers.pool import masked_mean
 
 _EPS = 1e-6  # of the norms of published image transformers
@@ -271,9 +271,7 @@ class TimeBranch(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim=dim, num_heads=num_heads)
-        nn.init.trunc_normal_(self.attn.qkv.weight, std=0.02, a=-0.04, b=0.04)
-        for parameter in (self.attn.qkv.bias, self.attn.proj.weight, self.attn.proj.bias):
-            nn.init.zeros_(parameter)
+        silence(self.attn)
 
     def forward(self, cells: Tensor, frame_mask: Tensor | None, num_frames: int) -> Tensor:
         """Map [B, T*S, D] to [B, T*S, D]; real frames do not see unreal ones."""

@@ -47,7 +47,7 @@ class DispatchedAttention(nn.Module):
 def image_model(
     name: str,
     *,
-    size: int,
+    size: int | tuple[int, int],
     pretrained: bool,
     checkpoint_path: str | None,
     overrides: dict[str, Any] | None,
@@ -57,7 +57,7 @@ def image_model(
 
     Args:
         name: a name of `timm.list_models()`, optionally with a weight tag: "vit_base_patch16_224.augreg_in21k".
-        size: height and width of the input, in pixels.
+        size: of the input in pixels: height and width if they differ.
         pretrained: let timm download the weights of the name.
         checkpoint_path: local weights instead; position tables are resized as timm does.
         overrides: constructor arguments of the timm model.

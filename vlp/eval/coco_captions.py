@@ -53,7 +53,8 @@ def score(
         # METEOR: an empty answer of a process that died. SPICE: no network for its models, or a Java that is too new.
         except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
             rest = ", ".join(other for other in metrics if other != name)
-            raise ValueError(f"{name} failed in Java ({error}); without it: [{rest}].") from error
+            what = f"without it: [{rest}]" if rest else "leave it out"
+            raise ValueError(f"{name} failed in Java ({error}); {what}.") from error
         _add(name, found, corpus, each)
     return CaptionScores(corpus, each)
 

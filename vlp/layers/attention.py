@@ -161,6 +161,13 @@ class SelfAttention(nn.Module):
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
+def silence(attn: SelfAttention) -> None:
+    """Let a fresh attention give zero at first: as a residual branch it changes nothing."""
+    nn.init.trunc_normal_(attn.qkv.weight, std=0.02, a=-0.04, b=0.04)
+    for parameter in (attn.qkv.bias, attn.proj.weight, attn.proj.bias):
+        nn.init.zeros_(parameter)
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of a sequence to a context of another width."""
 

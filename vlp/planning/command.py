@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from vlp import config, stages
 from vlp.forward import describe
+from vlp.layers.low_rank import adapted
 from vlp.planning.estimate import estimate
 from vlp.planning.page import chosen_time, page
 from vlp.planning.system import Planned, build
@@ -65,9 +66,13 @@ def audit(cfg: DictConfig) -> str:
         matched = fnmatch.filter(names, pattern.removeprefix("!"))
         verb = "trains again" if pattern.startswith("!") else "freezes"
         lines.append(f"optim.freeze '{pattern}' {verb} {len(matched)}: {', '.join(_folded(matched))}")
+    layers = adapted(planned.module)
+    beside = [f"{layer}.{own}" for layer in layers for own in ("weight", "bias") if f"{layer}.{own}" in names]
+    if beside:
+        lines.append(f"adapters leave as they are {len(beside)}: {', '.join(_folded(beside))}")
     frozen = [name for name, parameter in names.items() if not parameter.requires_grad]
     trained = [name for name, parameter in names.items() if parameter.requires_grad]
-    patterned = set(_by_pattern(cfg, list(names)))
+    patterned = {*_by_pattern(cfg, list(names)), *beside}
     other = [name for name in frozen if name not in patterned]
     if other:
         lines.append(f"frozen because nothing that is trained reads them with a gradient: {', '.join(_folded(other))}")

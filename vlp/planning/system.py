@@ -91,11 +91,11 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
     numbers = torch.arange(num_clips)
     more = (num_clips, clip.more_clips, clip.num_frames)
     other_clips = {
-        "more_frames": torch.zeros((*more, clip.size, clip.size, 3), dtype=torch.uint8, device="meta"),
+        "more_frames": torch.zeros((*more, clip.size, clip.width, 3), dtype=torch.uint8, device="meta"),
         "more_frame_mask": torch.ones(more, dtype=torch.bool),
     }
     return Batch(
-        frames=torch.zeros((*shape, clip.size, clip.size, 3), dtype=torch.uint8, device="meta"),
+        frames=torch.zeros((*shape, clip.size, clip.width, 3), dtype=torch.uint8, device="meta"),
         frame_mask=torch.ones(shape, dtype=torch.bool),
         times_s=torch.zeros(shape),
         text_ids=text_ids,

@@ -25,6 +25,7 @@ REASONS = {
     Reason.DECODE_TIMEOUT: ("Decoding took too long and was stopped.", "Convert the video to smaller pictures."),
     Reason.DECODE_CRASH: ("The decoder crashed on this video.", "Convert the video or remove it."),
     Reason.DUPLICATE_KEY: ("Another sample has the same name; the first one is used.", "Rename one of the two."),
+    Reason.NO_SOUND: ("The file has no sound that can be decoded.", "Replace it with the version that has sound."),
 }
 
 STAGES = {

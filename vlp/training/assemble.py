@@ -50,6 +50,7 @@ def assemble(cfg: DictConfig) -> System:
         raise config.ConfigError(messages)
     weights = {name: float(node.get("weight", 1.0)) for name, node in nodes.items()}
     dropped = _drop_unused(model, wirings, graph)
+    _adapt(model, cfg.adapter)
     trained = frozenset(graph.trained_parts(wanted(wirings)))
     for name, part in model.named_children():
         if name not in trained:  # read by a view without gradient only; data parallelism would wait for its gradient
@@ -59,7 +60,9 @@ def assemble(cfg: DictConfig) -> System:
 
 def build_part(node: Any, path: str) -> Any:
     """Build a part whose node carries keys of its section beside the arguments of its class."""
-    return config.build({key: value for key, value in plain(node).items() if key not in ("weight", "inputs")}, path)
+    return config.build(
+        {key: value for key, value in plain(node).items() if key not in ("weight", "inputs", "modality")}, path
+    )
 
 
 def plain(node: Any) -> Any:
@@ -109,6 +112,20 @@ def _names(wirings: Mapping[str, Wiring], graph: Graph) -> set[str]:
         return {step.node.name for step in graph.plan(wanted(wirings))}
     except ValueError:
         return set()  # already reported as a wiring error
+
+
+def _adapt(model: nn.Module, nodes: DictConfig) -> None:
+    """Let the adapters change the model, which keeps the names of its parameters."""
+    module = nn.ModuleDict({"model": model})
+    for name, node in nodes.items():
+        if node is None:
+            continue
+        try:
+            config.build(node, f"adapter.{name}")(module)
+        except config.ConfigError:
+            raise
+        except ValueError as error:
+            raise config.ConfigError([f"adapter.{name}.{error}"]) from None
 
 
 def _drop_unused(model: nn.Module, wirings: Mapping[str, Wiring], graph: Graph) -> dict[str, int]:

@@ -26,7 +26,7 @@ from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
 from vlp.data.splits import EvaluationSplits
 from vlp.report.run import write_report
-from vlp.training import checkpoint, environment, prepare, run_dir, state
+from vlp.training import checkpoint, environment, prepare, run_dir, state, stored_config
 from vlp.training.assemble import System, assemble
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
@@ -120,7 +120,7 @@ def load_config(run: Path, task: str | None, overrides: Sequence[str]) -> tuple[
     Raises:
         config.ConfigError: everything that is wrong with it.
     """
-    cfg = DictConfig(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    cfg = stored_config.read(run)
     num_clips = None
     if task is not None and task in cfg.eval.tasks:
         cfg.eval.tasks = {task: cfg.eval.tasks[task]}
@@ -151,6 +151,7 @@ def splits(cfg: DictConfig, run: Path, *, views: str | None = None) -> Evaluatio
             sampling=config.build(cfg.clip.sampling_test, "clip.sampling_test"),
             transforms=[config.build(node, "clip.transforms_test") for node in cfg.clip.transforms_test],
             short_side=cfg.clip.short_side,
+            decoder=config.build(cfg.clip.decoder, "clip.decoder"),
             num_workers=cfg.data.num_workers,
             decode_timeout_s=cfg.data.decode_timeout_s,
             index_dir=cfg.data.index_dir,

@@ -138,6 +138,7 @@ class Evaluator:
             "crop": plain(clip.transforms_test),
             "resolution": clip.size,
             "short_side": clip.short_side,
+            **({} if clip.modality == "video" else {"modality": clip.modality}),
             "views": f"{self.views} (clips x crops), mean of their scores" if self.views else "one clip, one crop",
             "decoder": f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}",
             **({"mark": self.marks[name]} if name in self.marks else {}),

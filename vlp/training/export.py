@@ -1,21 +1,23 @@
 """From a checkpoint of any strategy to one safetensors file, and to the layouts that other libraries read.
 
 A file is only kept if a model that is built from the run's config and filled from the file computes what the model that
-is filled from the checkpoint computes: every quantity and every loss on a batch, to the last bit.
+is filled from the checkpoint computes: every quantity and every loss on a batch, to the last bit. What adapters have
+learnt is added to the weights of their layers, which rounds: there the two agree to 1e-4.
 
 Axes: B clips, T frames, H W pixels, L text length.
 """
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +28,8 @@ from vlp import config
 from vlp.encoders.text import HuggingFaceText
 from vlp.encoders.timm_video import TimmFrames
 from vlp.forward import ForwardPass
-from vlp.training import checkpoint, state
+from vlp.layers import low_rank
+from vlp.training import checkpoint, clip_layouts, published, state, stored_config
 from vlp.training.assemble import System, assemble, wanted
 from vlp.training.exits import Exit, StopRun
 from vlp.types import Batch, nothing_more
@@ -76,7 +79,7 @@ def open_source(path: Path) -> Source:
             lines = "; ".join(refused) or "train the run first"
             raise StopRun(Exit.NO_VALID_CHECKPOINT, f"{path} holds no valid checkpoint: {lines}.")
         stored, run = found, path
-        cfg = DictConfig(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        cfg = stored_config.read(path)
     else:
         raise config.ConfigError([f"{path}: neither a run (config.yaml) nor a checkpoint (manifest.json) is here."])
     messages = config.check(cfg)  # it may come from a stranger: it is data, checked like any config
@@ -95,12 +98,18 @@ def export(source: Source, out: Path, *, averaged: bool) -> int:
     if averaged and not source.stored.under("ema"):
         raise config.ConfigError([f"--ema: {source.stored.path} holds no averaged weights; export without it."])
     system, module = filled(source.cfg, source.stored, averaged=averaged)
-    facts = {"step": source.stored.step, "averaged": averaged, "config": source.stored.facts["config"]}
+    expected = outputs(system, source.cfg)
+    num_merged, cfg = low_rank.merge(module), source.cfg
+    stated = source.stored.facts["config"]
+    if num_merged:  # the file holds plain weights: it is of a model without adapters
+        cfg, stated = copy.deepcopy(cfg), {**stated, "adapter": {}}
+        cfg.adapter = {}
+    facts = {"step": source.stored.step, "averaged": averaged, "config": stated}
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
     with _kept_if_good(out) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "vlp": json.dumps(facts)})
-        again, _ = filled(source.cfg, File(temporary), averaged=False, ties=True)
-        _compare(outputs(system, source.cfg), outputs(again, source.cfg), out)
+        again, _ = filled(cfg, File(temporary), averaged=False, ties=True)
+        _compare(expected, outputs(again, cfg), out, exact=not num_merged)
     return len(tensors)
 
 
@@ -110,7 +119,8 @@ def export_parts(source: Source, out: Path, *, averaged: bool) -> list[str]:
     Raises:
         ConfigError: no part has such a layout. StopRun: as `export`.
     """
-    system, _ = filled(source.cfg, source.stored, averaged=averaged)
+    system, module = filled(source.cfg, source.stored, averaged=averaged)
+    low_rank.merge(module)
     out.mkdir(parents=True, exist_ok=True)
     lines = [
         write(name, part, source, out)
@@ -122,6 +132,34 @@ def export_parts(source: Source, out: Path, *, averaged: bool) -> list[str]:
         known = " and ".join(kind.__name__ for kind in _LAYOUTS)
         raise config.ConfigError([f"no part of this model has a layout of another library; {known} have one."])
     return lines
+
+
+def export_clip(source: Source, out: Path, *, kind: str, averaged: bool) -> list[str]:
+    """Write a folder that transformers' CLIPModel or open_clip loads; return the parts that it leaves out.
+
+    Raises:
+        ConfigError: a part that the layout cannot express. StopRun: the folder cannot be written, or its import does
+            not give the tensors of the model.
+    """
+    system, module = filled(source.cfg, source.stored, averaged=averaged)
+    low_rank.merge(module)
+    made = clip_layouts.written(system.model, kind, source.cfg.model)
+    with _kept_if_good(out) as temporary:
+        temporary.mkdir()
+        clip_layouts.save(made, temporary)
+        found = published.import_file(temporary / made.weights, kind).tensors
+        own = state.once(nn.ModuleDict({"model": system.model}))
+        if found.keys() != own.keys() or not all(torch.equal(found[name], own[name]) for name in own):
+            raise StopRun(Exit.BUG, f"{out}: its import is not the model that was exported; nothing was written.")
+        _add_tokenizer(source, temporary)
+    return [f"objective.{name}" for name, part in system.objectives.items() if any(True for _ in part.parameters())]
+
+
+def _add_tokenizer(source: Source, folder: Path) -> None:
+    """Copy the run's tokenizer, if it is a file, beside the weights that it belongs to."""
+    tokenizer = source.cfg.tokenizer.name or str(source.run / "tokenizer.json")
+    if Path(tokenizer).is_file():
+        shutil.copy(tokenizer, folder / "tokenizer.json")
 
 
 def filled(cfg: DictConfig, stored: state.Stored, *, averaged: bool, ties: bool = False) -> tuple[System, nn.Module]:
@@ -162,10 +200,10 @@ class _Without:
 
 def _batch(cfg: DictConfig) -> Batch:
     draw = torch.Generator().manual_seed(0)
-    size, time, length = cfg.clip.size, cfg.clip.num_frames, cfg.tokenizer.max_length
+    size, time, length = (cfg.clip.size, cfg.clip.width), cfg.clip.num_frames, cfg.tokenizer.max_length
     rows = (_NUM_CLIPS, length)
     return Batch(
-        frames=torch.randint(0, 256, (_NUM_CLIPS, time, size, size, 3), dtype=torch.uint8, generator=draw),
+        frames=torch.randint(0, 256, (_NUM_CLIPS, time, *size, 3), dtype=torch.uint8, generator=draw),
         frame_mask=torch.ones(_NUM_CLIPS, time, dtype=torch.bool),
         times_s=torch.arange(time).float().expand(_NUM_CLIPS, time),
         text_ids=torch.randint(0, cfg.tokenizer.vocab_size, rows, generator=draw),
@@ -179,10 +217,11 @@ def _batch(cfg: DictConfig) -> Batch:
     )
 
 
-def _compare(expected: Mapping[str, Any], actual: Mapping[str, Any], out: Path) -> None:
+def _compare(expected: Mapping[str, Any], actual: Mapping[str, Any], out: Path, *, exact: bool = True) -> None:
+    same = torch.equal if exact else partial(torch.allclose, rtol=1e-4, atol=1e-4)
     for name, value in expected.items():
         pairs = zip(_tensors(value), _tensors(actual[name]), strict=True)
-        if not all(torch.equal(one, two) for one, two in pairs):
+        if not all(same(one, two) for one, two in pairs):
             raise StopRun(Exit.BUG, f"{out}: '{name}' differs from what the checkpoint gives; nothing was written.")
 
 
@@ -213,9 +252,7 @@ def _hugging_face(name: str, part: HuggingFaceText, source: Source, out: Path) -
     place = out / name
     with _kept_if_good(place) as temporary:
         part.model.save_pretrained(temporary, safe_serialization=True)
-        tokenizer = section.name or str(source.run / "tokenizer.json")
-        if Path(tokenizer).is_file():
-            shutil.copy(tokenizer, temporary / "tokenizer.json")
+        _add_tokenizer(source, temporary)
         facts = {"vocab_size": section.vocab_size, "pad_id": section.pad_id, "max_length": section.max_length}
         again = HuggingFaceText(**facts, name=str(temporary))
         again.eval()

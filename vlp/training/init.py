@@ -70,7 +70,8 @@ def start_from(module: nn.Module, source: Path, *, skip: Sequence[str] = (), ren
     resized, wrong, used = [], [], []
     for name, tensor in taken.items():
         target = own[name]
-        fitted = tensor if tensor.shape == target.shape else _resized(name, tensor, target)
+        grid = _grid_of(module, name)
+        fitted = tensor if tensor.shape == target.shape else _resized(name, tensor, target, grid)
         if fitted is None:
             wrong.append(f"{name} is {list(tensor.shape)} there and {list(target.shape)} here")
             continue
@@ -138,7 +139,14 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Mapping[str, str], where: st
     return renamed
 
 
-def _resized(name: str, tensor: Tensor, target: Tensor) -> Tensor | None:
+def _grid_of(module: nn.Module, name: str) -> tuple[int, int] | None:
+    """Return the cells (h, w) of the image model whose table of positions `name` is; None if it is none."""
+    owner, _, last = name.rpartition(".")
+    embed = getattr(module.get_submodule(owner), "patch_embed", None) if last == "pos_embed" else None
+    return getattr(embed, "grid_size", None)
+
+
+def _resized(name: str, tensor: Tensor, target: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
     """Return a table of positions in another size; None if the name is none or the widths differ."""
     if tensor.ndim != target.ndim or tensor.shape[-1] != target.shape[-1]:
         return None
@@ -147,19 +155,20 @@ def _resized(name: str, tensor: Tensor, target: Tensor) -> Tensor | None:
     if name.endswith("space_positions.table"):
         return resize_space(tensor, target.shape[0], target.shape[1])
     if name.endswith("pos_embed") and tensor.ndim == 3:
-        return _resized_grid(tensor, target)
+        return _resized_grid(tensor, target, grid)
     if name.endswith(("positions.table", "position_embeddings.weight", "position_embedding.weight")):
         return _lengthened(tensor, target)
     return None
 
 
-def _resized_grid(tensor: Tensor, target: Tensor) -> Tensor | None:
-    """Resize a table [1, P + S, D] of P class tokens and a square grid of S cells."""
+def _resized_grid(tensor: Tensor, target: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
+    """Resize a table [1, P + S, D] of P class tokens and a square grid of S cells, to `grid` or to another square."""
     for num_prefix in range(4):
-        sides = [math.isqrt(max(0, table.shape[1] - num_prefix)) for table in (tensor, target)]
-        if all(side**2 == t.shape[1] - num_prefix for side, t in zip(sides, (tensor, target), strict=True)):
+        side, goal = (math.isqrt(max(0, table.shape[1] - num_prefix)) for table in (tensor, target))
+        height, width = grid or (goal, goal)
+        if side**2 == tensor.shape[1] - num_prefix and height * width == target.shape[1] - num_prefix:
             prefix, cells = tensor[:, :num_prefix], tensor[0, num_prefix:]
-            plane = resize_space(rearrange(cells, "(h w) d -> h w d", h=sides[0]), sides[1], sides[1])
+            plane = resize_space(rearrange(cells, "(h w) d -> h w d", h=side), height, width)
             return torch.cat([prefix, rearrange(plane, "h w d -> 1 (h w) d")], 1)
     return None
 

@@ -256,6 +256,7 @@ class Attempt:
                 transforms_train=[config.build(node, "clip.transforms_train") for node in cfg.clip.transforms_train],
                 transforms_test=[config.build(node, "clip.transforms_test") for node in cfg.clip.transforms_test],
                 short_side=cfg.clip.short_side,
+                decoder=config.build(cfg.clip.decoder, "clip.decoder"),
                 more_clips=cfg.clip.more_clips,
                 texts=config.build(cfg.texts, "texts"),
                 make_tokenizer=lambda captions: prepare.tokenizer(cfg, self.directory, captions),

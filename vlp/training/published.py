@@ -16,17 +16,10 @@ from torch import Tensor
 
 from vlp import config
 from vlp.encoders.weights import read_weights
+from vlp.training import clip_names
+from vlp.training.clip_names import Rule, table
 
 Tensors = dict[str, Tensor]
-
-
-class Rule(NamedTuple):
-    """What becomes of the tensors whose whole name matches `pattern`."""
-
-    pattern: str
-    name: str | None  # with \\1 for groups; None leaves them out
-    change: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    reason: str = ""  # why they are left out
 
 
 class Layout(NamedTuple):
@@ -54,32 +47,43 @@ def convert(tensors: Mapping[str, Tensor], kind: str) -> Imported:
     layout, found = LAYOUTS[kind], dict(tensors)
     for join in layout.joins:
         found = join(found)
-    renamed: Tensors = {}
-    left_out: dict[str, str] = {}
+    return renamed(found, layout.rules, f"--from {kind}")
+
+
+def renamed(tensors: Mapping[str, Tensor], rules: Iterable[Rule], asked: str) -> Imported:
+    """Give each tensor the name that the first rule for it says.
+
+    Raises:
+        config.ConfigError: a tensor that no rule knows; `asked` is what the command line said.
+    """
+    rules, named = tuple(rules), Imported({}, {})
     unknown = []
-    for name, tensor in found.items():
-        rule = next((rule for rule in layout.rules if re.fullmatch(rule.pattern, name)), None)
+    for name, tensor in tensors.items():
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
         if rule is None:
             unknown.append(name)
         elif rule.name is None:
-            left_out[name] = rule.reason
+            named.left_out[name] = rule.reason
         else:
-            renamed[re.sub(rule.pattern, rule.name, name)] = rule.change(tensor).contiguous()
+            named.tensors[re.sub(rule.pattern, rule.name, name)] = rule.change(tensor).contiguous()
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         names = f"{', '.join(unknown[:3])}{more}"
-        raise config.ConfigError([f"--from {kind}: no rule knows {names}; is it a checkpoint of another kind?"])
-    return Imported(renamed, left_out)
+        raise config.ConfigError([f"{asked}: no rule knows {names}; is it a checkpoint of another kind?"])
+    return named
 
 
 def import_file(path: Path, kind: str) -> Imported:
     """Read and rename a published checkpoint; pickled objects beside tensors are refused.
 
+    Args:
+        path: of the file, or of a folder as Hugging Face writes it, with model.safetensors.
+
     Raises:
         config.ConfigError: no such file, objects in it, an unknown kind or tensor.
     """
     try:
-        return convert(read_weights(str(path)), kind)
+        return convert(read_weights(str(path / "model.safetensors" if path.is_dir() else path)), kind)
     except config.ConfigError:
         raise
     except ValueError as error:
@@ -124,35 +128,13 @@ def _row(name: str, index: int) -> Callable[[Tensors], Tensor | None]:
     return lambda tensors: tensors[name].reshape(-1, tensors[name].shape[-1])[index] if name in tensors else None
 
 
-def _first(tensor: Tensor) -> Tensor:
-    return tensor[0]
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    return rearrange(tensor, "d e -> e d")
-
-
-def _token(tensor: Tensor) -> Tensor:
-    return tensor.reshape(1, 1, -1)
-
-
-def _table(tensor: Tensor) -> Tensor:
-    """One row a place, without leading axes of one."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _batched(tensor: Tensor) -> Tensor:
-    return _table(tensor)[None]
-
-
 def _violet_places(tensor: Tensor) -> Tensor:
     """Rows 1 to 49 of the table are the 7 x 7 cells of a frame of 224 pixels; the others are never read."""
-    return rearrange(_table(tensor)[1:50], "(h w) d -> h w d", h=7)
+    return rearrange(table(tensor)[1:50], "(h w) d -> h w d", h=7)
 
 
 _POOLER = "the pooling layer is no part of vlp's heads"
 _SEGMENT = "its first row is added to the positions"
-_OVER_FRAMES = "a head over frames, in place of their mean"
 _INDEX = "computed from the shape of the window"
 _BUFFER = "numbers of positions, no weights"
 
@@ -160,7 +142,7 @@ _VIT = r"(cls_token|pos_embed|patch_embed\..*|blocks\.\d+\.(?:norm1|norm2|attn|m
 
 FROZEN = Layout(
     (
-        Rule(r"video_model\.temporal_embed", "model.video_encoder.time_positions.table", _table),
+        Rule(r"video_model\.temporal_embed", "model.video_encoder.time_positions.table", table),
         Rule(r"video_model\.(blocks\.\d+)\.timeattn\.(.*)", r"model.video_encoder.\1.time_attn.\2"),
         Rule(r"video_model\.(blocks\.\d+)\.norm3\.(.*)", r"model.video_encoder.\1.time_norm.\2"),
         Rule(rf"video_model\.{_VIT}", r"model.video_encoder.\1"),
@@ -196,9 +178,9 @@ VIOLET = Layout(
     (
         Rule(r"enc_img\.swin\..*relative_position_index", None, reason=_INDEX),
         Rule(r"enc_img\.swin\.(.*)", r"model.video_encoder.\1"),
-        Rule(r"enc_img\.emb_cls", "model.connectors.frame_tokens.class_token.table", lambda t: _table(t)[0]),
+        Rule(r"enc_img\.emb_cls", "model.connectors.frame_tokens.class_token.table", lambda t: table(t)[0]),
         Rule(r"enc_img\.emb_pos", "model.connectors.frame_tokens.places.table", _violet_places),
-        Rule(r"enc_img\.emb_len", "model.connectors.frame_tokens.times.table", _table),
+        Rule(r"enc_img\.emb_len", "model.connectors.frame_tokens.times.table", table),
         Rule(r"enc_img\.norm\.(.*)", r"model.connectors.frame_tokens.norm.\1"),
         Rule(r"enc_img\.fc\.(.*)", r"model.connectors.frame_tokens.project.\1"),
         Rule(r"enc_img\.emb_odr", None, reason="orders of frames are no part of the pretraining"),
@@ -227,7 +209,7 @@ ALL_IN_ONE = Layout(
         Rule(r"text_embeddings\.LayerNorm\.(.*)", r"model.stream.word_norm.\1"),
         Rule(r"text_embeddings\.position_ids", None, reason=_BUFFER),
         Rule(r"token_type_embeddings\.weight", "model.stream.types.weight"),
-        Rule(r"transformer\.temporal_embed", "model.stream.time_positions.table", _table),
+        Rule(r"transformer\.temporal_embed", "model.stream.time_positions.table", table),
         Rule(rf"transformer\.{_VIT}", r"model.stream.\1"),
         *_words_head("mlm_score"),
         Rule(r"(?:txt|vid)_proj\..*", None, reason="its heads have layers that vlp's projections have not"),
@@ -238,36 +220,47 @@ ALL_IN_ONE = Layout(
     (_added("text_embeddings.position_embeddings.weight", _row("text_embeddings.token_type_embeddings.weight", 0)),),
 )
 
-_VISION_BLOCK = "model.video_encoder.blocks"
-_TEXT_BLOCK = "model.text_encoder.model.encoder.layers"
 _HF_LAYER = r"vision_model\.encoder\.layers\.(\d+)"
+_TIME = r"model.video_encoder.blocks.\1"
 
 _HF_RULES = (
-    Rule(r"vision_model\.embeddings\.class_embedding", "model.video_encoder.cls_token", _token),
-    Rule(r"vision_model\.embeddings\.patch_embedding\.weight", "model.video_encoder.patch_embed.proj.weight"),
-    Rule(r"vision_model\.embeddings\.position_embedding\.weight", "model.video_encoder.pos_embed", _batched),
     Rule(r"(?:vision|text)_model\.embeddings\.position_ids", None, reason=_BUFFER),
-    Rule(r"vision_model\.pre_layrnorm\.(.*)", r"model.video_encoder.norm_pre.\1"),
-    Rule(r"vision_model\.post_layernorm\.(.*)", r"model.video_encoder.norm.\1"),
-    Rule(rf"{_HF_LAYER}\.temporal_embedding", rf"{_VISION_BLOCK}.\1.temporal_positions.table", _table),
-    Rule(rf"{_HF_LAYER}\.temporal_attn\.qkv\.(.*)", rf"{_VISION_BLOCK}.\1.temporal_attn.qkv.\2"),
-    Rule(rf"{_HF_LAYER}\.temporal_attn\.out_proj\.(.*)", rf"{_VISION_BLOCK}.\1.temporal_attn.proj.\2"),
-    Rule(rf"{_HF_LAYER}\.temporal_layer_norm1\.(.*)", rf"{_VISION_BLOCK}.\1.temporal_norm.\2"),
-    Rule(rf"{_HF_LAYER}\.self_attn\.qkv\.(.*)", rf"{_VISION_BLOCK}.\1.block.attn.qkv.\2"),
-    Rule(rf"{_HF_LAYER}\.self_attn\.out_proj\.(.*)", rf"{_VISION_BLOCK}.\1.block.attn.proj.\2"),
-    Rule(rf"{_HF_LAYER}\.layer_norm([12])\.(.*)", rf"{_VISION_BLOCK}.\1.block.norm\2.\3"),
-    Rule(rf"{_HF_LAYER}\.mlp\.(.*)", rf"{_VISION_BLOCK}.\1.block.mlp.\2"),
-    Rule(r"visual_projection\.weight", "model.video_projection.weight"),
-    Rule(r"text_model\.(.*)", r"model.text_encoder.model.\1"),
-    Rule(r"text_projection\.weight", "model.text_projection.weight"),
-    Rule(r"logit_scale", "model.temperature.value", lambda t: t.reshape(1)),
+    Rule(rf"{_HF_LAYER}\.temporal_embedding", rf"{_TIME}.temporal_positions.table", table),
+    Rule(rf"{_HF_LAYER}\.temporal_attn\.qkv\.(.*)", rf"{_TIME}.temporal_attn.qkv.\2"),
+    Rule(rf"{_HF_LAYER}\.temporal_attn\.out_proj\.(.*)", rf"{_TIME}.temporal_attn.proj.\2"),
+    Rule(rf"{_HF_LAYER}\.temporal_layer_norm1\.(.*)", rf"{_TIME}.temporal_norm.\2"),
+    *clip_names.taking(clip_names.HUGGING_FACE),
 )
+
+
+def _without_peft(tensors: Tensors) -> Tensors:
+    """The peft library keeps the encoder below "base_model.model" and the weights of a tuned layer below "base_layer".
+
+    Of query, key and value each has products of its own, which become those of the joint layer.
+    """
+    plain = {name.replace(".base_model.model.", ".").replace(".base_layer.", "."): t for name, t in tensors.items()}
+    result: Tensors = {}
+    for name, tensor in plain.items():
+        match = re.fullmatch(r"(.*_attn)\.(q|out)_proj\.lora_A\.default\.weight", name)
+        if match is None:
+            if re.fullmatch(r".*_attn\.(?:[qkv]|out)_proj\.lora_[AB]\.default\.weight", name) is None:
+                result[name] = tensor
+            continue
+        layer = f"{match[1]}.{'qkv' if match[2] == 'q' else 'out_proj'}"
+        parts = [f"{match[1]}.{part}_proj" for part in ("qkv" if match[2] == "q" else ("out",))]
+        result[f"{layer}.lora_down"] = torch.cat([plain[f"{part}.lora_A.default.weight"] for part in parts])
+        result[f"{layer}.lora_up"] = torch.stack([plain[f"{part}.lora_B.default.weight"] for part in parts])
+    return result
+
 
 HF_CLIP = Layout(
     _HF_RULES,
-    tuple(
-        _joined(rf"(vision_model\.encoder\.layers\.\d+\.{kind})\.{{}}", ("q_proj", "k_proj", "v_proj"), r"\1.qkv")
-        for kind in ("self_attn", "temporal_attn")
+    (
+        _without_peft,
+        *(
+            _joined(rf"(vision_model\.encoder\.layers\.\d+\.{kind})\.{{}}", ("q_proj", "k_proj", "v_proj"), r"\1.qkv")
+            for kind in ("self_attn", "temporal_attn")
+        ),
     ),
 )
 
@@ -287,28 +280,8 @@ def _split_text(tensors: Tensors) -> Tensors:
 
 OPEN_CLIP = Layout(
     (
-        Rule(r"visual\.class_embedding", "model.video_encoder.cls_token", _token),
-        Rule(r"visual\.conv1\.weight", "model.video_encoder.patch_embed.proj.weight"),
-        Rule(r"visual\.positional_embedding", "model.video_encoder.pos_embed", _batched),
-        Rule(r"visual\.ln_pre\.(.*)", r"model.video_encoder.norm_pre.\1"),
-        Rule(r"visual\.ln_post\.(.*)", r"model.video_encoder.norm.\1"),
-        Rule(r"visual\.proj", "model.video_projection.weight", _transposed),
-        Rule(r"visual\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(.*)", rf"{_VISION_BLOCK}.\1.block.attn.qkv.\2"),
-        Rule(r"visual\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(.*)", rf"{_VISION_BLOCK}.\1.block.attn.proj.\2"),
-        Rule(r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.(.*)", rf"{_VISION_BLOCK}.\1.block.norm\2.\3"),
-        Rule(r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.*)", rf"{_VISION_BLOCK}.\1.block.mlp.fc1.\2"),
-        Rule(r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.*)", rf"{_VISION_BLOCK}.\1.block.mlp.fc2.\2"),
-        Rule(r"token_embedding\.weight", "model.text_encoder.model.embeddings.token_embedding.weight"),
-        Rule(r"positional_embedding", "model.text_encoder.model.embeddings.position_embedding.weight"),
-        Rule(r"transformer\.resblocks\.(\d+)\.attn\.([qkv])_proj\.(.*)", rf"{_TEXT_BLOCK}.\1.self_attn.\2_proj.\3"),
-        Rule(r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(.*)", rf"{_TEXT_BLOCK}.\1.self_attn.out_proj.\2"),
-        Rule(r"transformer\.resblocks\.(\d+)\.ln_([12])\.(.*)", rf"{_TEXT_BLOCK}.\1.layer_norm\2.\3"),
-        Rule(r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.*)", rf"{_TEXT_BLOCK}.\1.mlp.fc1.\2"),
-        Rule(r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.*)", rf"{_TEXT_BLOCK}.\1.mlp.fc2.\2"),
-        Rule(r"ln_final\.(.*)", r"model.text_encoder.model.final_layer_norm.\1"),
-        Rule(r"text_projection", "model.text_projection.weight", _transposed),
-        Rule(r"logit_scale", "model.temperature.value", lambda t: t.reshape(1)),
         Rule(r"(?:input_resolution|context_length|vocab_size|attn_mask)", None, reason=_BUFFER),
+        *clip_names.taking(clip_names.OPEN_CLIP),
     ),
     (_split_text,),
 )
