@@ -70,11 +70,11 @@ class Session(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """Exit codes by rank (negative: killed by that signal), what was written to the screen, and the seconds it took."""
+    """Exit codes by rank (negative: killed by that signal), what was written to the screen, and when it was over."""
 
     codes: list[int]
     output: str
-    seconds: float
+    ended: float  # by time.monotonic(), which is that of the ranks too
 
 
 def die() -> None:
@@ -104,10 +104,9 @@ def attempt(
     patience_s: float = 120,
 ) -> Attempt:
     """Run all ranks to their end; one that is still there after `patience_s` is killed, with code -9."""
-    began = time.monotonic()
     ranks = start(cfg, log=log, session=Session(world_size, strike, before, report))
     codes = wait(ranks, patience_s=patience_s)
-    return Attempt(codes, log.read_text(errors="replace"), time.monotonic() - began)
+    return Attempt(codes, log.read_text(errors="replace"), time.monotonic())
 
 
 def start(cfg: DictConfig, *, log: Path, session: Session) -> list[BaseProcess]:

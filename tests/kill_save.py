@@ -2,6 +2,7 @@
 
     python tests/kill_save.py           # every point; prints the table of docs/reliability.md
     python tests/kill_save.py 40        # about so many points, spread over all
+    python tests/kill_save.py --only "sync, 2 ranks" "async, 2 ranks"     # some rows of the table
 
 Real ranks over gloo save over checkpoints that are there already. One of them is the victim: strace kills it on entry
 to the N-th call of a kind, or makes that call return an error, for every kind and every N of an undisturbed save. Then,
@@ -10,6 +11,7 @@ valid where two were; everything that was not forced to the disk is thrown away 
 works and leaves nothing behind. torch is imported once, and the ranks are forked.
 """
 
+import argparse
 import os
 import shutil
 import signal
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -238,13 +240,13 @@ def _note(path: Path) -> None:
         path.touch()
 
 
-def sweep(limit: int | None = None) -> tuple[Counter, list[str]]:
+def sweep(scenarios: Sequence[Scenario], limit: int | None = None) -> tuple[Counter, list[str]]:
     """Hit the points, or about `limit` of them; return how many of each row of the table, and what was wrong."""
     counts: Counter = Counter()
     failures = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        every = [point for scenario in SCENARIOS for point in points(scenario, place)]
+        every = [point for scenario in scenarios for point in points(scenario, place)]
         chosen = every if limit is None else every[:: max(1, len(every) // limit)]
         for point in chosen:
             wrong = hit(point, place / "run")
@@ -258,10 +260,15 @@ def sweep(limit: int | None = None) -> tuple[Counter, list[str]]:
 
 def main(arguments: list[str]) -> int:
     """Print the table and what was wrong; return 1 if anything was."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("limit", type=int, nargs="?")
+    parser.add_argument("--only", nargs="*", choices=[scenario.name for scenario in SCENARIOS], metavar="SAVE")
+    given = parser.parse_args(arguments)
+    chosen = [scenario for scenario in SCENARIOS if given.only is None or scenario.name in given.only]
     started = time.monotonic()
-    counts, failures = sweep(int(arguments[0]) if arguments else None)
+    counts, failures = sweep(chosen, given.limit)
     print("| save | killed at | error at | nothing or a mix loaded |\n|---|---|---|---|")
-    for scenario in SCENARIOS:
+    for scenario in chosen:
         wrong = sum(repr(scenario) in line for line in failures)
         print(f"| {scenario.name} | {counts[scenario.name, 'signal']} | {counts[scenario.name, 'error']} | {wrong} |")
     missed = sum(count for (_, what), count in counts.items() if what == "not reached")

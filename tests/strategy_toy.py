@@ -55,6 +55,7 @@ class Cell(NamedTuple):
     precision: str = "32-true"
     steps: int = 2
     more: tuple[str, ...] = ()  # overrides
+    system: tuple[str, ...] = ()  # overrides that choose the objectives, in place of those of the source
 
 
 class Found(NamedTuple):
@@ -71,7 +72,8 @@ class Found(NamedTuple):
 def train(cell: Cell, stored: dict[str, Tensor] | None = None, cursor: int = 0, look: Callable | None = None) -> Found:
     """Train the cell on this rank; `stored` is a whole state to continue from, `look` gets the module at the end."""
     quiet()
-    cfg = config.load(["+experiment=quickstart", "+scale=tiny", *SMALL, *WIRING.get(cell.source, VISUAL), *cell.more])
+    words = cell.system or WIRING.get(cell.source, VISUAL)
+    cfg = config.load(["+experiment=quickstart", "+scale=tiny", *SMALL, *words, *cell.more])
     torch.manual_seed(0)
     system = assemble(cfg)
     recipe = recipe_of(cfg)._replace(precision=PRECISIONS[cell.precision])

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlp import dist
 from vlp.training import checkpoint, tensor_file
 from vlp.training.checkpoint import State
+from vlp.training.exits import Exit, StopRun
 
 
 def own(rank: int, step: int) -> State:
@@ -63,6 +64,24 @@ def test_the_failure_of_one_rank_is_that_of_all_and_leaves_the_old_one(tmp_path)
         "OSError 28 [Errno 28] rank 1: No space left x"
     }
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def lose_the_directory(root: Path, rank: int, world: int) -> dict[str, Tensor]:
+    """Rank 0 finds at its second look, after all files are written, that the directory is another run's."""
+    looks = iter([None, StopRun(Exit.LOCKED, "taken over")])
+
+    def refuse() -> None:
+        if found := next(looks):
+            raise found
+
+    save = partial(checkpoint.save, root, step=1, state=own(rank, 1), keep=2, refuse_stranger=refuse)
+    return outcome(rank, save)
+
+
+def test_a_directory_that_is_lost_ends_all_ranks_alike_and_gets_no_checkpoint(tmp_path):
+    found = texts(on_ranks(partial(lose_the_directory, tmp_path / "checkpoints"), 3, tmp_path))
+    assert found == [f"StopRun  ({Exit.LOCKED!r}, 'taken over')"] * 3
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def give_twice(root: Path, rank: int, world: int) -> dict[str, Tensor]:

@@ -10,15 +10,16 @@ import torch
 from forked_ranks import Attempt, Strike, attempt, changed, die, fail, stop, toy
 from omegaconf import DictConfig
 
-from vlp.training import ledger, module, watchdog
+from vlp.training import ledger, metrics_csv, module, watchdog
 from vlp.training.exits import Exit
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 6.0
+HANGS = {"trainer__timeout_s": TIMEOUT_S}  # only where a hang is meant: a busy machine can hold a rank up for seconds
 
 
 @pytest.fixture(scope="module")
 def cfg(place: Path) -> DictConfig:
-    return toy(place, "x", "trainer.max_steps=4", f"trainer.timeout_s={TIMEOUT_S}")
+    return toy(place, "x", "trainer.max_steps=4", "trainer.timeout_s=100")
 
 
 def struck(place: Path, cfg: DictConfig, name: str, strike: Strike, **values) -> tuple[Attempt, Path]:
@@ -28,12 +29,17 @@ def struck(place: Path, cfg: DictConfig, name: str, strike: Strike, **values) ->
     return done, place / "runs" / name
 
 
+def say_and_stop() -> None:
+    print("struck at", time.monotonic(), flush=True)
+    stop()
+
+
 def hang() -> None:
     time.sleep(1000)
 
 
 def be_late() -> None:
-    time.sleep(2.5 * TIMEOUT_S)
+    time.sleep(1.6 * TIMEOUT_S)
 
 
 def lack_memory() -> None:
@@ -53,15 +59,15 @@ def test_a_killed_rank_is_named_and_the_other_leaves_its_stacks_and_exit_80(plac
 
 
 def test_a_stopped_rank_is_named_within_the_timeout_and_ten_seconds(place, cfg):
-    done, run = struck(place, cfg, "stopped", Strike(2, "forward", 1, stop))
+    done, run = struck(place, cfg, "stopped", Strike(2, "forward", 1, say_and_stop), **HANGS)
     assert done.codes == [80, -9]  # a stopped process cannot leave by itself: rank 0 ended it
-    assert done.seconds < TIMEOUT_S + 10 + 20  # and the seconds of its start
+    assert done.ended - float(re.search("struck at (.*)", done.output)[1]) < TIMEOUT_S + 10
     assert "rank 1 " in done.output and "it is stopped or frozen; it was last seen in step" in done.output
     assert json.loads((run / "run.json").read_text())["exit_code"] == 80
 
 
 def test_a_hung_rank_is_told_from_those_that_wait_for_it(place, cfg):
-    done, run = struck(place, cfg, "hung", Strike(2, "forward", 1, hang))
+    done, run = struck(place, cfg, "hung", Strike(2, "forward", 1, hang), **HANGS)
     assert done.codes == [80, 80], done.output
     assert "rank 1 hangs in step 1, at 'forward'" in done.output
     assert "hang" in (run / "crash" / "rank-1.txt").read_text()
@@ -69,7 +75,7 @@ def test_a_hung_rank_is_told_from_those_that_wait_for_it(place, cfg):
 
 
 def test_a_slow_evaluation_and_a_slow_save_are_no_hang(place, cfg):
-    done, _ = struck(place, cfg, "slow", Strike(2, "save", 0, be_late))
+    done, _ = struck(place, cfg, "slow", Strike(2, "save", 0, be_late), **HANGS)
     assert done.codes == [0, 0], done.output
 
 
@@ -121,13 +127,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_moves_no_weight_on_any(place, cfg
 
 
 def be_slow(rank: int) -> None:
-    """Let rank 1 take a third of a second longer in each forward pass."""
+    """Let rank 1 take a second longer in each forward pass, more than other work on the machine takes from rank 0."""
     mark = watchdog.Watchdog.mark
 
     def slower(self, place, *, step=None):
         mark(self, place, step=step)
         if rank == 1 and place == "forward":
-            time.sleep(0.3)
+            time.sleep(1.0)
 
     watchdog.Watchdog.mark = slower
 
@@ -136,7 +142,50 @@ def test_a_slow_rank_is_reported_once_with_its_split_of_the_step(place, cfg):
     done = attempt(changed(cfg, run__name="slow_rank"), log=place / "slow_rank.log", world_size=2, before=be_slow)
     (line,) = [line for line in done.output.splitlines() if line.startswith("rank 1 is slow at step ")]
     compute, waiting = (float(re.search(f"{name} ([0-9.]+)", line)[1]) for name in ("compute", "for other ranks"))
-    assert done.codes == [0, 0] and compute >= 0.25 and waiting < compute
+    assert done.codes == [0, 0] and compute >= 0.9 and waiting < compute
+
+
+def die_slowly() -> None:
+    """Die once the watchdog has written down the step."""
+    time.sleep(2)
+    die()
+
+
+def test_steps_that_are_done_again_are_announced_and_carry_the_number_of_their_attempt(place, cfg):
+    again = changed(cfg, run__name="again", trainer__checkpoint_every=2)
+    attempt(again, log=place / "again1.log", strike=Strike(4, "save", 0, die_slowly))
+    done = attempt(again, log=place / "again2.log")
+    assert done.codes == [0] and re.search("continuing at step 2: [12] later steps were not saved", done.output)
+    rows = metrics_csv.read(place / "runs/again/metrics.csv")
+    found = [(row["step"], row["attempt"]) for row in rows if "train/loss" in row]
+    assert found == [("1", "1"), ("2", "1"), ("3", "2"), ("4", "2")]
+
+
+def jump(rank: int) -> None:
+    """Set the clock of rank 0 a day forward and that of rank 1 a day back, after the second step."""
+    mark, clock = watchdog.Watchdog.mark, time.time
+
+    def jumping(self, place, *, step=None):
+        mark(self, place, step=step)
+        if self.step == 2:
+            time.time = lambda: clock() + (86400, -86400)[rank]
+
+    watchdog.Watchdog.mark = jumping
+
+
+def test_clocks_that_jump_by_a_day_change_no_row_and_end_nothing(place, cfg):
+    values = {"trainer__checkpoint_every": 1, "trainer__max_time_s": 3000.0}
+    runs = {}
+    for name, before in (("steady", None), ("jumping", jump)):
+        log = place / f"{name}.log"
+        done = attempt(changed(cfg, run__name=name, **values), log=log, world_size=2, before=before)
+        assert done.codes == [0, 0], done.output
+        runs[name] = [row for row in ledger.read(place / "runs" / name / "ledger.jsonl") if "step" in row]
+    kept = [[(row["step"], row["ids"], row["loss"], row["weights"]) for row in rows] for rows in runs.values()]
+    assert kept[0] == kept[1] and len(kept[0]) == 4
+    table = metrics_csv.read(place / "runs/jumping/metrics.csv")
+    times = [float(row["time/step_s"]) for row in table if "train/loss" in row]
+    assert all(0 < seconds < 60 for seconds in times)
 
 
 def flip(rank: int) -> None:

@@ -1,5 +1,6 @@
 """Saves in the background and not: when they count, and what a failure means."""
 
+import json
 import os
 import threading
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from vlp.training import checkpoint, tensor_file
+from vlp.training import checkpoint, lease, tensor_file
 from vlp.training.checkpoint import State
 from vlp.training.exits import Exit, StopRun
 from vlp.training.saver import Saver, Snapshot
@@ -97,6 +98,18 @@ def test_a_kill_between_snapshot_and_commit_leaves_the_previous_checkpoint(tmp_p
         os.kill(os.getpid(), 9)
     assert os.waitpid(pid, 0)[1] == 9
     assert saved(tmp_path / "c") == [1.0] and not (tmp_path / "noted").exists()
+
+
+def test_a_run_directory_that_is_lost_while_a_save_is_written_gets_no_checkpoint(tmp_path, held):
+    with lease.held(tmp_path) as own:
+        saver = Saver(tmp_path / "c", keep=1, background=True, refuse_stranger=own.check)
+        saver.save(1, state(1), then=lambda: pytest.fail("noted"))
+        other = {"host": "node7", "pid": 4, "born": 5, "is_free": False, "beat": 1}
+        (tmp_path / "lease-000002").write_text(json.dumps(other))
+        held.set()
+        with pytest.raises(StopRun, match="taken over by process 4 on node7") as stop:
+            saver.settle()
+    assert stop.value.code == Exit.LOCKED and list((tmp_path / "c").iterdir()) == []
 
 
 @MODES

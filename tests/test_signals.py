@@ -8,13 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from forked_ranks import TOY
 
 from vlp import process
 from vlp.training import signals
+from vlp.training.callbacks import Saving
+from vlp.training.checkpoint import State
 from vlp.training.exits import Exit
+from vlp.training.saver import Saver
 from vlp.training.stopping import Wish
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +49,7 @@ def beat(run: Path, rank: int) -> dict:
 @pytest.mark.parametrize("number", [signal.SIGUSR1])
 def test_a_signal_while_the_process_imports_ends_it_with_75_and_nothing_to_save(place, number):
     run = started(place, f"early{number}", "trainer.max_steps=2")
-    time.sleep(0.4)  # torch alone takes longer
+    wait_for(lambda: "libtorch" in Path(f"/proc/{run.pid}/maps").read_text())  # the import of torch has begun
     run.send_signal(number)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == Exit.PREEMPTED == 75, output
@@ -112,3 +116,13 @@ def test_a_run_stops_while_a_step_and_two_saves_still_fit_into_its_time(monkeypa
     assert wish() is None  # 40 s are left; 5 to spare, 10 for a step, 10 for two saves
     now[0] += 16.0
     assert wish() == "before the time of the job is over"
+
+
+def test_a_save_in_the_background_is_given_the_time_of_its_commit(tmp_path):
+    saver, wish = Saver(tmp_path, keep=2, background=True), Wish(steps=None, seconds=100.0)
+    saving = Saving(saver, lambda *_: None, wish=wish)
+    saver.save(1, State({}, {}), then=lambda: None)
+    saver.settle()
+    saver.times["time/checkpoint_commit_s"] = 60.0  # a disk that took so long
+    saving._log(None, SimpleNamespace(cursor=1))
+    assert wish.save_s >= 60.0 and wish() == "before the time of the job is over"

@@ -1,22 +1,25 @@
 """W&B against servers that swallow, refuse or break; training must not notice, and metrics.csv must have every row."""
 
 import http.server
+import json
 import os
 import socket
+import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from forked_ranks import attempt, toy
+from forked_ranks import Session, attempt, start, toy, wait
 
-from vlp.training import metrics_csv, trackers
+from vlp.training import metrics_csv, trackers, watchdog
 
 KEY = "0" * 40
+PACE_S = 0.25
 
 
 class _Refuses(http.server.BaseHTTPRequestHandler):
@@ -30,6 +33,29 @@ class _Refuses(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+
+class _Accepts(_Refuses):
+    """As much of W&B's server as a run needs to start online and to send rows."""
+
+    bucket: ClassVar[dict] = {
+        **{"id": "QnVja2V0", "name": "r", "displayName": "r", "description": "", "config": "{}", "sweepName": None},
+        **{"project": {"id": "UA==", "name": "vlp", "entity": {"id": "RQ==", "name": "me"}}, "historyLineCount": 0},
+    }
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.streamed += "file_stream" in self.path  # type: ignore[attr-defined]
+        viewer = {"id": "VQ==", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        data = {"viewer": viewer, "upsertBucket": {"bucket": self.bucket, "inserted": True}}
+        text = json.dumps({"data": data if b"graphql" in self.path.encode() and body else {}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST  # noqa: N815  (the server calls it by this name)
 
 
 @contextmanager
@@ -52,6 +78,19 @@ def log_in(url: str, rank: int) -> None:
     trackers.CLOSE_S = 6.0
 
 
+def log_in_slowly(url: str, rank: int) -> None:
+    """The same, with steps of a quarter of a second."""
+    log_in(url, rank)
+    mark = watchdog.Watchdog.mark
+
+    def slower(self, where, *, step=None):
+        mark(self, where, step=step)
+        if where == "forward":
+            time.sleep(PACE_S)
+
+    watchdog.Watchdog.mark = slower
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hole", "503", "401"])
 def test_a_run_is_whole_whatever_the_server_of_wandb_does(place, kind):
@@ -64,6 +103,32 @@ def test_a_run_is_whole_whatever_the_server_of_wandb_does(place, kind):
     assert list((place / "runs" / f"wandb-{kind}" / "wandb").glob(f"offline-run-*/run-wandb-{kind}.wandb"))
     rows = metrics_csv.read(place / "runs" / f"wandb-{kind}" / "metrics.csv")
     assert [row["step"] for row in rows if "train/loss" in row] == ["1", "2", "3", "4"]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_notice_that_the_server_of_wandb_goes_away_in_its_middle(place):
+    cfg = toy(place, "wandb-gone", "trainer.max_steps=40", "trainer.log_every=1", "logger=[wandb]")
+    run, log = place / "runs" / "wandb-gone", place / "wandb-gone.log"
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Accepts)
+    served.streamed = 0  # type: ignore[attr-defined]
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    before = partial(log_in_slowly, f"http://127.0.0.1:{served.server_port}")
+    ranks = start(cfg, log=log, session=Session(before=before))
+    wait_for(lambda: served.streamed and len(metrics_csv.read(run / "metrics.csv")) < 30)  # type: ignore[attr-defined]
+    served.shutdown()
+    served.server_close()
+    assert wait(ranks, patience_s=90) == [0] and "Traceback" not in log.read_text()
+    rows = [row for row in metrics_csv.read(run / "metrics.csv") if "train/loss" in row]
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 41)]
+    assert statistics.median(float(row["time/step_s"]) for row in rows[-10:]) < 0.3 + PACE_S
+    assert list((run / "wandb").glob("run-*/run-wandb-gone.wandb"))
 
 
 class Slow:

@@ -174,10 +174,11 @@ class Saving(pl.Callback):
 
     Args:
         saver: of the run. log: (trainer, step, values) -> None, of the seconds that a commit took.
+        wish: of this rank, which must know how long a save takes.
     """
 
-    def __init__(self, saver: Saver, log: Callable[[Any, int, Mapping[str, float]], None]) -> None:
-        self.saver, self.write = saver, log
+    def __init__(self, saver: Saver, log: Callable[[Any, int, Mapping[str, float]], None], *, wish: Wish) -> None:
+        self.saver, self.write, self.wish = saver, log, wish
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notice a commit or a failure, on all ranks at the same step."""
@@ -192,6 +193,7 @@ class Saving(pl.Callback):
     def _log(self, trainer: Any, pl_module: Any) -> None:
         times, self.saver.times = self.saver.times, {}
         if times:
+            self.wish.count_commit(sum(times.values()))
             self.write(trainer, pl_module.cursor, times)
 
 
@@ -232,6 +234,7 @@ class Commit(pl.Callback):
     Args:
         save: (module) -> None, writes a checkpoint. every: steps. wish: of this rank.
         check_replicas_every: steps between comparisons of the ranks' weights; None = never.
+        refuse_stranger: raises where the run directory belongs to another process by now.
     """
 
     def __init__(
@@ -241,8 +244,10 @@ class Commit(pl.Callback):
         every: int,
         wish: Wish,
         check_replicas_every: int | None,
+        refuse_stranger: Callable[[], None] = lambda: None,
     ) -> None:
         self.save, self.every, self.wish, self.check_every = save, every, wish, check_replicas_every
+        self.refuse_stranger = refuse_stranger
         self.stopped = False  # before the last step
         self.why = ""
 
@@ -255,6 +260,7 @@ class Commit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when due; stop on all ranks at the same step."""
+        self.refuse_stranger()
         self.wish.count_step()
         done = pl_module.cursor >= pl_module.recipe.max_steps
         self.stopped = self._agree(pl_module) and not done

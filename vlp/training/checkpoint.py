@@ -11,6 +11,8 @@ All ranks write into one directory of a temporary name that rank 0 makes up for 
 the disk; rank 0 gathers the digests, writes the manifest, renames, forces the parent, and deletes old checkpoints last:
 by a rename first, so that a name is complete or gone. A repeated step keeps its old directory as `-replaced` meanwhile.
 What happens on one rank happens on all: an error anywhere is raised everywhere, and nothing old is touched.
+Where a rename copies (an object store behind a file system), a name may be there before its files are: the digests
+decide. Where a listing lags, the caller may know a step that it lacks.
 """
 
 import json
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from vlp import dist
 from vlp.training import tensor_file
+from vlp.training.exits import Exit, StopRun
 from vlp.training.tensor_file import Mapped
 
 FORMAT = 2
@@ -70,24 +73,27 @@ class Stored:
         return {key.removeprefix(start): self.get(key) for key in self.keys() if key.startswith(start)}
 
 
-def save(root: Path, *, step: int, state: State, keep: int) -> Path:
+def save(root: Path, *, step: int, state: State, keep: int, refuse_stranger: Callable[[], None] = lambda: None) -> Path:
     """Commit a checkpoint and delete the oldest beyond `keep`, but none before two newer ones are known to be valid.
 
-    All ranks call it; on one process it is no collective.
+    All ranks call it; on one process it is no collective. Rank 0 calls `refuse_stranger` before it touches anything and
+    again right before the checkpoint gets its name: who stood still meanwhile may own the directory no more.
 
     Raises:
         OSError: the disk refused, on any rank; the older checkpoints are untouched.
+        StopRun: raised by `refuse_stranger`; on all ranks.
         ValueError: a key that two ranks give.
     """
     ranks = Ranks()
     final = root / f"step-{step:08d}"
+    ranks.first(refuse_stranger)
     temporary = root / str(ranks.first(lambda: _begin(root, step)))
     try:
         written = ranks.each(lambda: _write_share(temporary, state.tensors, ranks))
         files = {share["name"]: share["entry"] for share in written}
         manifest = {"format": FORMAT, "step": step, "chunk_bytes": tensor_file.CHUNK, "files": files}
         manifest["keys"] = _owners(written)
-        ranks.first(lambda: _commit(temporary, final, manifest, state.facts))
+        ranks.first(lambda: _commit(temporary, final, manifest, state.facts, refuse_stranger))
     except Exception:
         ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
@@ -110,6 +116,7 @@ class Ranks:
 
         Raises:
             OSError: it failed so on a rank.
+            StopRun: raised on a rank.
             RuntimeError: it failed in another way on another rank; the error itself where it failed.
         """
         own, value, problem = None, None, None
@@ -122,8 +129,7 @@ class Ranks:
         if own is not None and (self.size == 1 or not isinstance(own, OSError)):
             raise own
         if problems:
-            rank, (number, text) = problems[0]
-            raise OSError(number, f"rank {rank}: {text}") if number else RuntimeError(f"rank {rank}: {text}")
+            raise _retold(*problems[0])
         return [answer for answer, _ in answers]
 
     def first(self, work: Callable[[], Any]) -> Any:
@@ -133,17 +139,19 @@ class Ranks:
 
 def all_steps(root: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first, by step and never by time."""
-    found = (path for path in root.glob("step-*") if (path / "manifest.json").exists())
-    return sorted(found, key=lambda path: (path.name.removesuffix(_REPLACED), not path.name.endswith(_REPLACED)))
+    return sorted((path for path in root.glob("step-*") if (path / "manifest.json").exists()), key=_age)
 
 
-def newest_valid(root: Path) -> tuple[Stored | None, list[str]]:
+def newest_valid(root: Path, *, known: int | None = None) -> tuple[Stored | None, list[str]]:
     """Return the newest checkpoint whose digests agree, and one line for each newer one that was refused.
 
     All ranks call it, if there are several by now.
+
+    Args:
+        root: of the checkpoints. known: a step that may be there although a listing lacks it, as rank 0 remembers.
     """
     ranks, refused = Ranks(), []
-    for name in ranks.first(lambda: [path.name for path in reversed(all_steps(root))]):
+    for name in ranks.first(lambda: _names(root, known)):
         stored = _verified(root / name, ranks)
         if isinstance(stored, Stored):
             return stored, refused
@@ -161,6 +169,19 @@ def open_checkpoint(path: Path) -> Stored:
     if isinstance(stored, str):
         raise ValueError(f"checkpoint {path}: {stored}; choose another step.")
     return stored
+
+
+def _names(root: Path, known: int | None) -> list[str]:
+    """Return the names of the checkpoints, newest first; a step that is known is looked up by its name."""
+    found = all_steps(root)
+    own = root / f"step-{known or 0:08d}"
+    if known is not None and own not in found and (own / "manifest.json").exists():
+        found.append(own)
+    return [path.name for path in sorted(found, key=_age, reverse=True)]
+
+
+def _age(path: Path) -> tuple[str, bool]:
+    return path.name.removesuffix(_REPLACED), not path.name.endswith(_REPLACED)
 
 
 def _begin(root: Path, step: int) -> str:
@@ -181,7 +202,13 @@ def _write_share(directory: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -
     return {"name": name, "entry": tensor_file.write(directory / name, tensors), "keys": sorted(tensors)}
 
 
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any], facts: Mapping[str, Any]) -> None:
+def _commit(
+    temporary: Path,
+    final: Path,
+    manifest: dict[str, Any],
+    facts: Mapping[str, Any],
+    refuse_stranger: Callable[[], None],
+) -> None:
     """Write what rank 0 writes, the manifest last, and give the directory its name."""
     files = manifest["files"]
     for name, entry in files.items():
@@ -191,6 +218,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], facts: Mappi
     files["state.json"] = tensor_file.write_bytes(temporary / "state.json", [text])
     tensor_file.write_bytes(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
     _sync(temporary)
+    refuse_stranger()
     if final.exists():  # the same step of an attempt that was repeated
         final.rename(final.with_name(f"{final.name}{_REPLACED}"))
     temporary.rename(final)
@@ -255,11 +283,21 @@ def _damage(manifest: Mapping[str, Any], files: Mapping[str, Mapped], ranks: Ran
     return None
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """Return the number of a disk's error, else 0, and its text."""
+def _told(error: Exception) -> tuple[int | None, int, str]:
+    """Return what the other ranks hear: the code of an ending or None, the number of a disk's error or 0, the text."""
+    if isinstance(error, StopRun):
+        return int(error.code), 0, error.message
     if isinstance(error, OSError):
-        return error.errno or 5, f"{error.strerror or error} {error.filename or ''}".strip()
-    return 0, f"{type(error).__name__}: {error}"
+        return None, error.errno or 5, f"{error.strerror or error} {error.filename or ''}".strip()
+    return None, 0, f"{type(error).__name__}: {error}"
+
+
+def _retold(rank: int, told: tuple[int | None, int, str]) -> Exception:
+    """Return what a rank raises because of another one."""
+    code, number, text = told
+    if code is not None:
+        return StopRun(Exit(code), text)
+    return OSError(number, f"rank {rank}: {text}") if number else RuntimeError(f"rank {rank}: {text}")
 
 
 def _sync(path: Path) -> None:

@@ -166,6 +166,7 @@ class Attempt:
             directory / "checkpoints",
             keep=cfg.trainer.keep_checkpoints,
             background=cfg.trainer.checkpoint_async,
+            refuse_stranger=lease.check if lease else lambda: None,
         )
         self.watchdog = Watchdog(
             directory,
@@ -332,7 +333,8 @@ class Attempt:
     def _restore(self) -> None:
         """Continue from the newest valid checkpoint, or refuse rather than start over silently."""
         root = self.directory / "checkpoints"
-        stored, refused = checkpoint.newest_valid(root)
+        known = self.record.values.get("step") if self.record.values.get("committed") else None
+        stored, refused = checkpoint.newest_valid(root, known=known)
         for line in refused:
             print(f"checkpoint refused: {line}", file=sys.stderr)
         if stored is None:
@@ -395,6 +397,7 @@ class Attempt:
             every=cfg.trainer.checkpoint_every,
             wish=self.wish,
             check_replicas_every=cfg.trainer.check_replicas_every,
+            refuse_stranger=self.lease.check_seen if self.lease else lambda: None,
         )
         self.counting = Counting(
             list(self.data.sources),
@@ -407,7 +410,7 @@ class Attempt:
         callbacks: list[Any] = [Endings(self._tell), Rehearsal(), self.counting, log, evaluation, commit]
         if cfg.trainer.ledger:
             callbacks.insert(-2, self.ledger)
-        callbacks.append(Saving(self.saver, log.write))
+        callbacks.append(Saving(self.saver, log.write, wish=self.wish))
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
         self._trainer([*callbacks, Marks(self.watchdog.mark)]).fit(self.module)
@@ -446,8 +449,6 @@ class Attempt:
     def _save(self, module: Pretraining) -> None:
         """Commit a checkpoint; every rank writes the tensors that it owns."""
         assert module.update is not None
-        if self.lease is not None:
-            self.lease.check()
         tensors = state.collect(module, module.update, module.ema)
         facts = {
             "cursor": module.cursor,
@@ -493,8 +494,8 @@ class Attempt:
         """Record the end and write the report, for failed runs too."""
         if threading.current_thread() is threading.main_thread():
             self.saver.close()
-        if not self.first or not hasattr(self, "attempt"):
-            return
+        if not self.first or not hasattr(self, "attempt") or (self.lease is not None and self.lease.is_lost):
+            return  # what is written here belongs to the first rank of the run's owner
         if threading.current_thread() is threading.main_thread():
             self.trackers.close()
         seconds = self.record.values.get("seconds", 0.0) + time.monotonic() - self.started

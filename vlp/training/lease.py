@@ -3,7 +3,8 @@
     runs/NAME/lease-000017    the owner's process, a count that it raises every second, whether it has given it back
 
 To own is to be the first to create the file of the next number, which every file system decides the same way. The
-number is the fencing token: an owner that was taken for dead finds a higher one before its next commit, and stops.
+number is the fencing token: an owner that was taken for dead finds a higher one before it gives a checkpoint its name,
+at the latest, and stops.
 """
 
 import contextlib
@@ -38,8 +39,14 @@ class Lease:
     def __init__(self, directory: Path, number: int) -> None:
         self.directory, self.number = directory, number
         self._own, self._beat, self._stopped = Process.own(), 0, threading.Event()
+        self._taken_by: _Holder | None = None  # as the thread has seen it
         self._thread = threading.Thread(target=self._keep_alive, daemon=True, name="lease")
         self._thread.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Has another process taken over, as far as is known without a look?"""
+        return self._taken_by is not None
 
     def check(self) -> None:
         """Look whether another process has taken over.
@@ -49,24 +56,35 @@ class Lease:
         """
         newest = _newest(self.directory)
         if newest is not None and newest.number > self.number:
+            self._taken_by = newest
+        self.check_seen()
+
+    def check_seen(self) -> None:
+        """As `check`, by what the thread has seen a second ago: nothing waits for the disk."""
+        if self._taken_by is not None:
             raise StopRun(
                 Exit.LOCKED,
-                f"{self.directory} was taken over by {_name(newest)} while this process stood still; it saves nothing "
-                "more. Let the other one go on.",
+                f"{self.directory} was taken over by {_name(self._taken_by)} while this process stood still; it saves "
+                "nothing more. Let the other one go on.",
             )
 
     def release(self) -> None:
         """Give the directory back; the number stays, so that tokens only grow."""
         self._stopped.set()
         self._thread.join()
+        if self.is_lost:
+            return
         with contextlib.suppress(OSError):
             _write(_path(self.directory, self.number), self._own, self._beat, is_free=True)
 
     def _keep_alive(self) -> None:
         while not self._stopped.wait(BEAT_S):
             self._beat += 1
-            with contextlib.suppress(OSError):  # a full or absent disk; `check` decides before anything is saved
+            with contextlib.suppress(OSError, StopRun):  # a full or absent disk; `check` decides before each save
+                self.check()
                 _write(_path(self.directory, self.number), self._own, self._beat)
+            if self.is_lost:
+                return
 
 
 @contextmanager

@@ -43,14 +43,16 @@ class Saver:
     third failure in a row ends the run.
 
     Args:
-        root: of the checkpoints. keep: see `checkpoint.save`. background: write in a thread.
+        root: of the checkpoints. keep, refuse_stranger: see `checkpoint.save`. background: write in a thread.
     """
 
     max_failures = 3
     pause_s = 1.0  # before the last checkpoint of an attempt is tried again
 
-    def __init__(self, root: Path, *, keep: int, background: bool) -> None:
-        self.root, self.keep, self.background = root, keep, background
+    def __init__(
+        self, root: Path, *, keep: int, background: bool, refuse_stranger: Callable[[], None] = lambda: None
+    ) -> None:
+        self.root, self.keep, self.background, self.refuse_stranger = root, keep, background, refuse_stranger
         self.times: dict[str, float] = {}  # of the last commit, until somebody takes them
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
@@ -124,9 +126,11 @@ class Saver:
     def _write(self) -> None:
         """Commit the job; in the thread, nobody would see an error."""
         assert self._job is not None
-        started = time.perf_counter()
+        started, job = time.perf_counter(), self._job
         try:
-            checkpoint.save(self.root, step=self._job.step, state=self._job.state, keep=self.keep)
+            checkpoint.save(
+                self.root, step=job.step, state=job.state, keep=self.keep, refuse_stranger=self.refuse_stranger
+            )
             self._outcome = time.perf_counter() - started
         except Exception as error:  # raised where it is settled
             self._outcome = error

@@ -43,6 +43,10 @@ class Wish:
         """Note how long a checkpoint took; its time is no step's."""
         self.save_s, self._since = max(self.save_s, seconds), time.monotonic()
 
+    def count_commit(self, seconds: float) -> None:
+        """Note how long a checkpoint took that was written in the background: the last one is waited for."""
+        self.save_s = max(self.save_s, seconds)
+
     def _needed_s(self) -> float:
         """One more step and two saves must fit: the one that is due, and a slower one."""
         return self._spare_s + self.step_s + 2 * self.save_s

@@ -100,6 +100,7 @@ class Watchdog:
     def declare(self, code: int, message: str, *, culprits: Sequence[int] = ()) -> Ending:
         """Write down why the run ends, and return the cause that counts: the first one, which may be another rank's."""
         ending = Ending(int(code), message, self._rank, tuple(culprits))
+        self._folder.mkdir(parents=True, exist_ok=True)  # a new owner of the run directory sweeps it away
         with suppress(FileExistsError):
             descriptor = os.open(self._folder / "ending", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o640)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
