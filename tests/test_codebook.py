@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlp.encoders.codebook import DiscreteVae, PatchCodebook, _k_means, _nearest
+from vlp.encoders.codebook import DiscreteVae, PatchCodebook, _nearest, k_means
 
 B, T, HEIGHT, WIDTH, PATCH = 2, 3, 16, 24, 8
 
@@ -105,7 +105,7 @@ def test_impossible_sizes_name_the_fix():
 def test_k_means_moves_codes_that_lost_their_vectors(monkeypatch):
     vectors = torch.cat([torch.zeros(50, 2), torch.eye(2) * 9, torch.eye(2) * -9])
     monkeypatch.setattr("vlp.encoders.codebook._spread", lambda vectors, num_codes, _: vectors[:1].repeat(num_codes, 1))
-    centroids = _k_means(vectors, 5, 10, torch.Generator())
+    centroids = k_means(vectors, 5, 10, torch.Generator())
     assert _nearest(vectors, centroids)[1].max() < 1e-6 and len(centroids.unique(dim=0)) == 5
 
 

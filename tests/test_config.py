@@ -44,7 +44,7 @@ optim: {{lr: 0.1, betas: [0.9, 0.98], eps: 1.0e-8, weight_decay: 0.1, layer_deca
   ema_decay: null}}
 eval: {{every: null, batch_size: 4, tasks: {{}}}}
 paths: {{runs: runs, data: data}}
-init: {{run: null, skip: []}}
+init: {{run: null, skip: [], rename: {{}}}}
 cluster: {{nodes: 1, gpus_per_node: 1, gpu: h100, cores_per_node: 8, utilisation: 0.3, network_gb_s: null, num_clips: 9,
   epochs: null, launch_us: 5.0, stored_as: x, storage_kinds: {{}}, reserved_gib: 1.0, gpu_mtbf_hours: 9.0,
   save_stall_s: 1.0, save_write_s: 1.0, restart_s: 1.0}}

@@ -12,6 +12,7 @@ from torch import nn
 
 from vlp.encoders.text import HuggingFaceText
 from vlp.eval import scores
+from vlp.report.card import write_card
 from vlp.training import evaluate_run, export, state
 from vlp.training.exits import Exit
 
@@ -84,6 +85,8 @@ def test_weights_become_a_run_that_is_evaluated_like_the_one_they_came_from(plac
     taken = place / "runs" / "taken"
     assert evaluate_run.main([f"run={taken}", "task=retrieval"]) == Exit.DONE
     assert evaluate_run.main([f"run={run}", "task=retrieval"]) == Exit.DONE
+    card = write_card(taken).read_text()
+    assert "Weights that were not trained here" in card and "experiment: quickstart" in card
     ours, theirs = (next((each / "scores").glob("*.world.retrieval.json")) for each in (taken, run))
     assert scores.read(ours).each == scores.read(theirs).each
     capsys.readouterr()

@@ -20,6 +20,7 @@ TABLE = {
     "schema": {"hints"},
     "config": {"hints", "schema"},
     "sweep": {"config"},
+    "stages": {"config", "sweep"},
     "forward": {"types", "ops"},
     "views": {"types", "ops", "dist"},
     "layers": {"types", "ops"},
@@ -36,7 +37,7 @@ TABLE["training"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["inference"] = TABLE.keys() - {"__init__", "inference"}
 TABLE["report.search"] = {"inference", "eval", "report"}  # a program of its own: nothing imports it
 PROGRAMS = {"vlp.report.search": "report.search"}
-TABLE["planning"] = {"types", "config", "layers", "forward", "objectives", "training"}
+TABLE["planning"] = {"types", "config", "stages", "layers", "forward", "objectives", "training"}
 
 # Packages from outside that only these parts may import: each is heavy, or opens what the rest must not.
 ONLY_IN = {

@@ -54,6 +54,17 @@ def test_every_tensor_is_accounted_for(tmp_path):
     assert "start at random: new.bias (1), new.weight (1)" in report.text()
 
 
+def test_a_part_takes_the_weights_of_another_place(tmp_path):
+    source, target = nn.ModuleDict({"a": nn.Linear(2, 3), "ab": nn.Linear(1, 1)}), nn.ModuleDict({"z": nn.Linear(2, 3)})
+    path = saved(source, tmp_path / "s.safetensors")
+    report = init.start_from(target, path, rename={"a.": "z."})
+    assert target["z"].weight.equal(source["a"].weight) and report.left_over == ["ab.bias", "ab.weight"]
+    with pytest.raises(config.ConfigError, match=r"no name in .* begins with 'b\.'"):
+        init.start_from(target, path, rename={"b.": "z."})
+    with pytest.raises(config.ConfigError, match=r"two tensors of .* would be named 'ab\.(bias|weight)'"):
+        init.start_from(target, path, rename={"a.": "ab."})
+
+
 @pytest.mark.parametrize(
     ("target", "line"),
     [

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fixed_weights import wave
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
@@ -152,6 +154,47 @@ def openai(source: dict) -> dict:
     result["visual.proj"] = result.pop("visual_projection.weight").T
     result["text_projection"] = result.pop("text_projection.weight").T
     return result
+
+
+# Of the published class with the same weights: word 0 of both texts, and the last patch of the second clip, 3 channels.
+TRUNK_TEXT = [[0.0117868, -0.0030971, 0.0500384], [0.0117895, -0.0030966, 0.0500455]]
+TRUNK_PATCH = [0.0018388, 0.0114767, 0.0616984]
+
+
+def all_in_one_tensors() -> dict[str, torch.Tensor]:
+    """The trunk of the published module, 24 wide with 3 blocks, its weights by a formula of their names."""
+    wide, text = 24, "text_embeddings"
+    shapes = {f"{text}.word_embeddings.weight": (30, wide), f"{text}.position_embeddings.weight": (7, wide)}
+    shapes |= {f"{text}.token_type_embeddings.weight": (2, wide), "token_type_embeddings.weight": (2, wide)}
+    shapes |= {"transformer.cls_token": (1, 1, wide), "transformer.pos_embed": (1, 17, wide)}
+    shapes |= {"transformer.temporal_embed": (1, 3, wide)}
+    norms = [f"{text}.LayerNorm", "transformer.norm"]
+    layers = {"transformer.patch_embed.proj": (wide, 3, 8, 8)}
+    for block in (f"transformer.blocks.{n}" for n in range(3)):
+        norms += [f"{block}.norm1", f"{block}.norm2"]
+        layers |= {f"{block}.attn.qkv": (3 * wide, wide), f"{block}.attn.proj": (wide, wide)}
+        layers |= {f"{block}.mlp.fc1": (4 * wide, wide), f"{block}.mlp.fc2": (wide, 4 * wide)}
+    shapes |= {f"{name}.{kind}": (wide,) for name in norms for kind in ("weight", "bias")}
+    shapes |= {f"{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+    return {name: 0.2 * wave(shape, zlib.crc32(name.encode()) % 1000) for name, shape in shapes.items()}
+
+
+@torch.no_grad()
+def test_the_imported_trunk_of_all_in_one_gives_the_outputs_of_the_published_module():
+    small = ["clip.size=32", "tokenizer.vocab_size=30", "tokenizer.max_length=7", "video.facts.dim=24"]
+    small += ["video.overrides={embed_dim: 24, depth: 3, num_heads: 3, patch_size: 8}", "video.facts.patch_size=8"]
+    stream = assemble(config.load(["+experiment=all_in_one", *small])).model.stream.eval()
+    own = once(nn.ModuleDict({"model": nn.ModuleDict({"stream": stream})}))
+    found = published.convert(all_in_one_tensors(), "all_in_one").tensors
+    assert own.keys() == found.keys()
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
+    ids = torch.tensor([[2, 5, 9, 4, 3, 0, 0], [2, 7, 3, 0, 0, 0, 0]])
+    fused = stream(ids, ids > 0, wave((2, 3, 3, 32, 32), 17), None)
+    torch.testing.assert_close(fused.text.x[:, 0, :3], torch.tensor(TRUNK_TEXT), atol=1e-5, rtol=0)
+    assert fused.video is not None
+    torch.testing.assert_close(fused.video.x[1, :, -1, -1, :3].mean(0), torch.tensor(TRUNK_PATCH), atol=1e-5, rtol=0)
 
 
 def names_of(experiment: str, *overrides: str) -> dict[str, torch.Size]:

@@ -379,7 +379,7 @@ def test_lists_of_paths_and_numbers(place):
     )
     assert run("action_lists", videos, "--annotations", table, "--classes", classes) == 0
     assert {key: meta["label"] for key, meta in metas(place, "val").items()} == {"a b/x": "sit down", "y": "run"}
-    assert list(dropped(place / "out").values()) == ["annotation_broken"]  # there is no class 2
+    assert "is not `PATH NUMBER` with a number below 2" in (place / "out" / "dropped.jsonl").read_text()
     same = file(place, "same.txt", "run\nrun\n")
     assert run("action_lists", videos, "--annotations", table, "--classes", same, "--overwrite") == 78
 
@@ -401,6 +401,7 @@ def test_hmdb51(place):
     assert run("hmdb51", videos, "--annotations", file(place, "brush_hair_test_split1.txt", rows)) == 0
     wanted = {"captions": ["brush hair"], "label": "brush_hair"}
     assert (metas(place, "train"), metas(place, "test")) == ({"a_0": wanted}, {"b_1": wanted})
+    assert dropped(place / "out") == {}  # a clip of neither part is no loss
 
 
 def test_something_something(place):

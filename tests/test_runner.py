@@ -16,6 +16,7 @@ from vlp import dist
 from vlp.eval import strips
 from vlp.eval.captions import Captions
 from vlp.eval.decoding import Beam
+from vlp.eval.matched_retrieval import MatchedRetrieval
 from vlp.eval.questions import ByCosine, ByVocabulary, MultipleChoice, OpenEnded
 from vlp.eval.retrieval import Retrieval
 from vlp.eval.runner import evaluate, flat_scores
@@ -97,6 +98,7 @@ def everything(rank, world, folder):
     """Evaluate seven clips of which one is unusable, and two clips of which the third process gets none."""
     torch.set_num_threads(1)
     tasks = {"retrieval": Retrieval(rerank=2, store=True, every_caption=True), "probe": TemporalProbe()}
+    tasks |= {"matched": MatchedRetrieval(num_clips=5, max_captions=None)}
     tasks |= {"captions": Captions(num_clips=5, writer=Beam(num_beams=2)), "choice": MultipleChoice(by=ByCosine())}
     tasks |= {"answers": OpenEnded(by=ByVocabulary(answers=["red", "blue"]))}
     lent = {"matching": lambda fused: fused.x[:, 0].sum(-1), "answers": lambda fused: fused.x[:, 0, :2]}

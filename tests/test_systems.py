@@ -1,9 +1,12 @@
 """Published systems at full size, on the meta device: their parameters are those of the papers or of their code."""
 
+import re
+
 import pytest
 import torch
 
-from vlp import config
+from vlp import config, sweep
+from vlp.training import sweep_run
 from vlp.training.assemble import System, assemble
 
 NO_WEIGHTS = "objective.masked_visual.tokenizer.path=null"  # the tokenizer's weights are a file of the user's
@@ -39,3 +42,29 @@ def test_violet_has_its_published_size():
 )
 def test_systems_have_their_published_size(name, published, left_out):
     assert millions(build(name), *left_out) == pytest.approx(published, rel=1e-3)
+
+
+def test_e_vilm_is_as_compact_as_its_abstract_says():
+    """15 % of VIOLET, the tokenizer aside, which is a target and not trained."""
+    system = build("e_vilm")
+    trained = millions(system) - sum(p.numel() for p in system.objectives["masked_visual"].tokenizer.parameters()) / 1e6
+    assert trained == pytest.approx(0.15 * 197.58, rel=0.1)
+
+
+def test_the_codes_lie_on_the_cells_that_e_vilm_hides():
+    tokenizer, compact = build("e_vilm_tokenizer").model.video_encoder, build("e_vilm").model.video_encoder
+    assert tokenizer.patch_size == compact.patch_size and tokenizer.tubelet_size == compact.tubelet_size
+
+
+SWEEP = config.CONF.parent / "scripts" / "bench" / "systems.yaml"
+
+
+@pytest.mark.slow
+def test_every_row_of_the_learning_table_still_composes(tmp_path):
+    asked = sweep.parse([f"sweep={SWEEP}", f"paths.runs={tmp_path}", "sweep.only=seed=0"])
+    asked = asked._replace(cells=tuple(cell for cell in asked.cells if cell.seed == "0"))
+    assert len(sweep_run.check(asked, "").jobs) == len(asked.cells)
+    page = (config.CONF.parent / "docs" / "systems.md").read_text(encoding="utf-8")
+    table = page.partition("## What they learn")[2].partition("\n## ")[0]
+    named = set(re.findall(r"^\| `([\w-]+)`", table, flags=re.MULTILINE))
+    assert named and named <= {cell.group for cell in asked.cells}

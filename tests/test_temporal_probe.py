@@ -1,6 +1,7 @@
 import torch
 from eval_toys import VOCAB, Lookup, make_data, toy_graph
 
+from vlp.eval.questions import ByScorer
 from vlp.eval.runner import evaluate
 from vlp.eval.temporal_probe import TemporalProbe
 
@@ -19,12 +20,12 @@ METAS = [
 VIDEOS = [[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]  # what comes first: red, red, -, blue, a tie
 
 
-def run(folder, metas=METAS, scorers=None, **changes):
+def run(folder, metas=METAS, scorers=None, by=None, **changes):
     words = torch.zeros(len(VOCAB) - 3, 2)
     words[VOCAB.index("red") - 3, 0] = words[VOCAB.index("blue") - 3, 1] = 1.0
     model = Lookup(VIDEOS, words)
     options = {"data": make_data(metas, **changes), "step": 1, "device": "cpu", "scorers": scorers or {}}
-    result = evaluate(model, toy_graph(model), {"probe": TemporalProbe()}, out_dir=folder / "eval", **options)
+    result = evaluate(model, toy_graph(model), {"probe": TemporalProbe(by=by)}, out_dir=folder / "eval", **options)
     return result["tasks"]["probe"], model
 
 
@@ -43,6 +44,13 @@ def test_matching_scores_the_fused_pair_in_a_row_of_its_own(tmp_path):
     task, _ = run(tmp_path, scorers={"matching": lambda tokens: tokens.x[:, 0].norm(dim=-1)})  # prefers what is far
     assert [row["key"] for row in task["rows"]] == ["temporal_accuracy", "temporal_accuracy_matching"]
     assert [row["raw"] for row in task["rows"]] == [50, 25]
+
+
+def test_a_model_without_embeddings_is_asked_by_its_head_alone(tmp_path):
+    by = ByScorer(scorer="other")
+    task, _ = run(tmp_path, scorers={"other": lambda tokens: tokens.x[:, 0].norm(dim=-1)}, by=by)
+    assert [(row["key"], row["raw"]) for row in task["rows"]] == [("temporal_accuracy_matching", 25)]
+    assert TemporalProbe(by=by).needs == ("fused_text",) and TemporalProbe(by=by).borrows == ("other",)
 
 
 def test_the_video_is_encoded_once_a_batch(tmp_path):

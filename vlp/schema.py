@@ -115,6 +115,7 @@ class Data:
 class Init:
     run: str | None  # whose weights this run starts with: a run's directory, a checkpoint or a .safetensors file
     skip: list[str]  # patterns of names that are not taken from it, such as objectives.*
+    rename: dict[str, str]  # how a name begins there -> how it begins here: a part of it is another part of this run
 
 
 @dataclasses.dataclass

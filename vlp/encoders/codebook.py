@@ -71,7 +71,7 @@ class PatchCodebook(nn.Module):
                 break
         vectors = torch.cat(parts)[:max_vectors] if parts else torch.zeros(0, self.centroids.shape[1])
         generator = torch.Generator().manual_seed(seed)
-        self.centroids.copy_(_k_means(vectors, self.num_codes, num_rounds, generator))
+        self.centroids.copy_(k_means(vectors, self.num_codes, num_rounds, generator))
         self.fitted.fill_(True)
 
     @torch.no_grad()
@@ -218,7 +218,7 @@ def _nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(codes), torch.cat(distances)
 
 
-def _k_means(vectors: Tensor, num_codes: int, num_rounds: int, generator: torch.Generator) -> Tensor:
+def k_means(vectors: Tensor, num_codes: int, num_rounds: int, generator: torch.Generator) -> Tensor:
     """Return centroids [K, E]; a code that loses all its vectors moves to the vector worst served."""
     num_different = len(vectors.unique(dim=0)) if len(vectors) else 0
     if num_different < num_codes:

@@ -50,8 +50,8 @@ class OptionScore(Protocol):
 class ByCosine:
     """The cosine of text and video."""
 
-    needs = ("video_embed", "text_embed")
-    borrows = ()
+    needs: tuple[str, ...] = ("video_embed", "text_embed")
+    borrows: tuple[str, ...] = ()
 
     def protocol(self) -> str:
         return "cosine of question and option with the video"
@@ -63,10 +63,10 @@ class ByCosine:
 class ByScorer:
     """The logit of a head that an objective lends: "matching", or "choice", which was trained to choose."""
 
-    needs = ("fused_text",)
+    needs: tuple[str, ...] = ("fused_text",)
 
     def __init__(self, *, scorer: str = "matching") -> None:
-        self.borrows = (scorer,)
+        self.borrows: tuple[str, ...] = (scorer,)
 
     def protocol(self) -> str:
         return f"logit of the '{self.borrows[0]}' head"

@@ -17,11 +17,12 @@ from torch import Tensor
 from vlp import dist
 from vlp.eval import metrics, ranking
 from vlp.eval.every_caption import of_every_caption
+from vlp.eval.pairs import Pairs
 from vlp.eval.ranking import Search
 from vlp.eval.runner import EvalData, Scorer, collect, everyone, with_texts
 from vlp.eval.scores import Each
-from vlp.forward import ForwardPass, Node
-from vlp.types import Batch, Grid
+from vlp.forward import ForwardPass
+from vlp.types import Batch
 
 Part = tuple[Tensor, Tensor]  # sample ids [N] int64, embeddings [N, E] float32
 
@@ -56,7 +57,7 @@ class Retrieval:
             raise ValueError(f"max_captions={max_captions} must be at least 1 or null, rerank={rerank} at least 0.")
         self.max_captions, self.rerank, self.store = max_captions, rerank, store
         self.num_examples, self.num_results, self.every_caption = num_examples, num_results, every_caption
-        extra = ("video", "fused_text") if rerank else ()
+        extra = ("fused_text",) if rerank else ()
         self.borrows: tuple[str, ...] = ("matching",) if rerank else ()
         self.needs: tuple[str, ...] = ("video_embed", "text_embed", "logit_scale", *extra)
 
@@ -66,11 +67,12 @@ class Retrieval:
         return {"captions": chosen, "ties": "lost", "post_processing": f"{after}; dual softmax in columns of its own"}
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
-        self.data, self.scale, self.matching = data, 1.0, scorers.get("matching")
+        self.data, self.scale = data, 1.0
+        self.pairs = (
+            Pairs(data, lambda forward: scorers["matching"](forward.take("fused_text"))) if self.rerank else None
+        )
         self.videos: list[Part] = []
         self.texts: list[Part] = []  # the captions of one clip in their order
-        self.grids: dict[int, tuple[Tensor, ...]] = {}  # sample id -> its video features, for the matching head
-        self.last: ForwardPass | None = None
 
     def update(self, batch: Batch, forward: ForwardPass) -> None:
         rows = zip(batch.sample_id.tolist(), batch.valid.tolist(), strict=True)
@@ -84,11 +86,8 @@ class Retrieval:
             here = with_texts(forward, self.data, texts) if number else forward
             exists = torch.tensor([number < len(own) for own in captions])  # [B]
             self.texts.append(_part(batch.sample_id, here.take("text_embed"), exists))
-        if self.rerank:
-            features = [field.cpu() for field in forward.take("video")]
-            for row in batch.valid.nonzero()[:, 0].tolist():
-                self.grids[int(batch.sample_id[row])] = tuple(field[row] for field in features)
-            self.last = forward
+        if self.pairs is not None:
+            self.pairs.keep(batch, forward, batch.valid.nonzero()[:, 0].tolist())
 
     def finish(self) -> dict:
         parts = (everyone if self.rerank else collect)((self.videos, self.texts))  # all ranks re-rank
@@ -109,7 +108,7 @@ class Retrieval:
         if self.every_caption:
             scored.add(*of_every_caption(found.video, found.text, found.owner, found.video_ids))
         for name, key, ranks in reranked:
-            scored.add(_direction(name, key, ranks, None, len(video)), _each_of_captions(found, key, ranks))
+            scored.add(direction(name, key, ranks, None, len(video)), _each_of_captions(found, key, ranks))
         examples = self._examples(found, scored.ranks)
         return {"title": self.title, "rows": scored.rows, "each": scored.each, "examples": examples}
 
@@ -129,22 +128,9 @@ class Retrieval:
 
     def _matched(self, found: "Embedded", videos: Tensor) -> Tensor:
         """Return the logit [Q] that caption q belongs to the video `videos`[q]; the ranks share the work."""
-        assert self.matching is not None and self.last is not None
-        mine = torch.arange(dist.rank(), len(videos), dist.world_size())
-        size, everything = self.data.batch_size, _merged(everyone(self.grids)) if dist.world_size() > 1 else self.grids
-        parts: list[Part] = []
-        for start in range(0, -(-len(videos) // dist.world_size()), size):  # as many passes on every rank
-            rows = mine[start : start + size]
-            queries = rows if len(rows) else torch.zeros(1, dtype=torch.int64)
-            padded = queries[torch.arange(size).clamp(max=len(queries) - 1)]  # [B], one shape for all
-            here = with_texts(self.last, self.data, [found.caption(self.data, int(q)) for q in padded])
-            chosen = [everything[int(found.video_ids[videos[q]])] for q in padded]
-            device = here.fields["text_ids"].device
-            grid = Grid(*(torch.stack(field).to(device) for field in zip(*chosen, strict=True)))
-            here.values[Node("video")] = grid
-            parts.append((rows, self.matching(here.take("fused_text")).float().cpu()[: len(rows)]))
-        everyone_parts = [part for own in everyone(parts) for part in own]
-        return _in_order(everyone_parts)[1]
+        assert self.pairs is not None
+        texts = [found.caption(self.data, query) for query in range(len(videos))]
+        return self.pairs.scores(texts, found.video_ids[videos].tolist())
 
     def _examples(self, found: "Embedded", ranks: Tensor) -> list[dict]:
         first = torch.searchsorted(found.owner, found.owner)  # [Q], the query of the same video's first caption
@@ -207,10 +193,10 @@ def table(found: Embedded) -> Table:
     raw = ranking.ranks(found.of_text())
     scored = Table(raw)
     dual = ranking.dual_softmax_ranks(found.of_text(), scale)
-    scored.add(_direction("text-to-video", "t2v", raw, dual, num_videos), _each_of_captions(found, "t2v", raw))
+    scored.add(direction("text-to-video", "t2v", raw, dual, num_videos), _each_of_captions(found, "t2v", raw))
     raw, dual = ranking.ranks(found.of_video()), ranking.dual_softmax_ranks(found.of_video(), scale)
-    each = _each("v2t", found.video_ids.tolist(), [0] * num_videos, raw)
-    scored.add(_direction("video-to-text", "v2t", raw, dual, num_videos), each)
+    each = each_of("v2t", found.video_ids.tolist(), [0] * num_videos, raw)
+    scored.add(direction("video-to-text", "v2t", raw, dual, num_videos), each)
     return scored
 
 
@@ -233,24 +219,22 @@ def _in_order(parts: list[Part]) -> Part:
     return ids[order], embed[order]
 
 
-def _merged(parts: list[dict]) -> dict:
-    return {key: value for part in parts for key, value in part.items()}
-
-
 def _each_of_captions(found: Embedded, key: str, ranks: Tensor) -> Iterator[tuple[str, Each]]:
     first = torch.searchsorted(found.owner, found.owner)
     numbers = (torch.arange(len(found.owner)) - first).tolist()
-    return _each(key, found.video_ids[found.owner].tolist(), numbers, ranks)
+    return each_of(key, found.video_ids[found.owner].tolist(), numbers, ranks)
 
 
-def _each(key: str, clips: list[int], numbers: list[int], ranks: Tensor) -> Iterator[tuple[str, Each]]:
+def each_of(key: str, clips: list[int], numbers: list[int], ranks: Tensor) -> Iterator[tuple[str, Each]]:
+    """Yield what each item, number `numbers` of clip `clips`, contributes to the rows of `direction`."""
     for k in (1, 5, 10):
         yield f"{key}_r{k}", Each(clips, numbers, (100.0 * (ranks <= k)).tolist())
     for statistic in ("median", "mean"):
         yield f"{key}_{statistic}_rank", Each(clips, numbers, ranks.double().tolist(), statistic)
 
 
-def _direction(name: str, key: str, raw: Tensor, dual: Tensor | None, num_videos: int) -> list[dict]:
+def direction(name: str, key: str, raw: Tensor, dual: Tensor | None, num_videos: int) -> list[dict]:
+    """Return the rows of one direction from its ranks [Q], raw and, if there are any, by dual softmax."""
     rows = [
         metrics.row(
             f"{name} R@{k}",

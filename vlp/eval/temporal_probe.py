@@ -4,16 +4,22 @@ Axes: B clips, N clips with a hard negative, W ways to score.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlp.eval import metrics
+from vlp.eval.questions import ByCosine, ByScorer, OptionScore
 from vlp.eval.runner import EvalData, Scorer, collect, with_texts
 from vlp.eval.scores import Each
 from vlp.forward import ForwardPass
 from vlp.types import Batch
+
+_NAMES = {  # by whether a head is borrowed
+    False: ("accuracy by cosine", "temporal_accuracy"),
+    True: ("accuracy by matching", "temporal_accuracy_matching"),
+}
 
 
 class TemporalProbe:
@@ -22,21 +28,26 @@ class TemporalProbe:
     Clips without a hard negative are left out. A "matching" scorer, lent by its objective, adds a second row.
 
     Args:
+        by: the only way to score, for models without embeddings; null scores by the cosine, and by matching if it can.
         num_examples: clips to show.
     """
 
     title = "Order of events"
-    borrows: ClassVar = ()
-    needs: ClassVar = ("video_embed", "text_embed")
 
-    def __init__(self, *, num_examples: int = 6) -> None:
-        self.num_examples = num_examples
+    def __init__(self, *, by: OptionScore | None = None, num_examples: int = 6) -> None:
+        self.by, self.num_examples = by, num_examples
+        cosine = ByCosine()
+        self.needs: tuple[str, ...] = (by or cosine).needs
+        self.borrows: tuple[str, ...] = (by or cosine).borrows
 
     def protocol(self) -> dict[str, Any]:
-        return {"ties": "wrong", "negatives": "hard_negative of the record"}
+        ways = {} if self.by is None else {"by": self.by.protocol()}
+        return {"ties": "wrong", "negatives": "hard_negative of the record", **ways}
 
     def begin(self, data: EvalData, *, scorers: Mapping[str, Scorer]) -> None:
-        self.data, self.matching = data, scorers.get("matching")
+        self.data, self.scorers = data, scorers
+        both = [ByCosine(), *([ByScorer()] if "matching" in scorers else [])]
+        self.ways: list[OptionScore] = both if self.by is None else [self.by]
         self.ids: list[Tensor] = []  # each [N] int64
         self.scores: list[Tensor] = []  # each [N, W, 2] float32: of the caption and of its negative
 
@@ -58,7 +69,7 @@ class TemporalProbe:
         order = ids.argsort()
         ids, scores = ids[order], scores[order]
         correct = scores[..., 0] > scores[..., 1]  # [N, W]
-        names = [("accuracy by cosine", "temporal_accuracy"), ("accuracy by matching", "temporal_accuracy_matching")]
+        names = [_NAMES[bool(way.borrows)] for way in self.ways]
         rows = [
             metrics.row(name, key, raw=metrics.share(column), chance=50.0, num=len(ids))
             for (name, key), column in zip(names, correct.unbind(1), strict=False)
@@ -72,9 +83,7 @@ class TemporalProbe:
 
     def _scores(self, forward: ForwardPass) -> Tensor:
         """Return [B, W] on the CPU: the cosine, and the logit of matching if there is one."""
-        cosine = (forward.take("video_embed").float() * forward.take("text_embed").float()).sum(-1)  # unit vectors
-        ways = [cosine] if self.matching is None else [cosine, self.matching(forward.take("fused_text")).float()]
-        return torch.stack(ways, dim=1).cpu()
+        return torch.stack([way(forward, self.scorers).float() for way in self.ways], dim=1).cpu()
 
     def _examples(self, ids: Tensor, scores: Tensor, correct: Tensor) -> list[dict]:
         examples = []

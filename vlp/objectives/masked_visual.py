@@ -33,9 +33,15 @@ class MaskedVisual(nn.Module):
 
     def __init__(self, *, dim: int, num_codes: int, tokenizer: nn.Module, hidden_dim: int | None = None) -> None:
         super().__init__()
-        self.tokenizer = tokenizer.requires_grad_(False)
+        self.tokenizer = tokenizer.requires_grad_(False).train(False)
         plain = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_codes))
         self.head = plain if hidden_dim is None else mlp_head(dim, num_codes, hidden_dim=hidden_dim)
+
+    def train(self, mode: bool = True) -> "MaskedVisual":
+        """Set training mode, except for the tokenizer: the targets of a clip are the same in every step."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
 
     def count(self, hidden: Tensor, valid: Tensor) -> Tensor:
         """Return the number of hidden cells [B, T, H, W] of real clips [B]."""

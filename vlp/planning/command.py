@@ -1,7 +1,7 @@
 """`python plan.py +experiment=NAME [section.key=value ...] [--json] [audit | graph]`. No data is opened.
 
 Without a further word: what the run costs. `audit`: which parameters are trained, which are frozen and why.
-`graph`: what a step computes, from what. `--json`: the costs for programs.
+`graph`: what a step computes, from what. `--json`: the costs for programs. With stages=FILE: each stage, and the sum.
 """
 
 import fnmatch
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from vlp import config
+from vlp import config, stages
 from vlp.forward import describe
 from vlp.layers.low_rank import adapted
 from vlp.planning.estimate import estimate
-from vlp.planning.page import page
+from vlp.planning.page import chosen_time, page
 from vlp.planning.system import Planned, build
-from vlp.training import optim
+from vlp.training import optim, stages_run
 from vlp.training.exits import Exit, reported
 
 
@@ -31,9 +31,30 @@ def main(words: Sequence[str]) -> int:
 def _print(asked: Sequence[str], overrides: Sequence[str]) -> int:
     if len(asked) > 1:
         raise config.ConfigError([f"{' '.join(asked)}: ask for one of them at a time."])
-    cfg = config.load(overrides)
-    print(COMMANDS[asked[0]](cfg) if asked else page(cfg.run.name, cfg, estimate(cfg)))
+    command = COMMANDS[asked[0]] if asked else lambda cfg: page(cfg.run.name, cfg, estimate(cfg))
+    if stages.is_asked(overrides):
+        print(_of_stages(stages_run.check(stages.parse(overrides)), command if asked else None))
+    else:
+        print(command(config.load(overrides)))
     return Exit.DONE
+
+
+def _of_stages(configs: Sequence[DictConfig], command: Callable[[DictConfig], str] | None) -> str:
+    """Return what a command says of each stage; without one, the costs of the stages and their sum."""
+    if command is not None:
+        return "\n\n".join(f"{cfg.run.name}:\n{command(cfg)}" for cfg in configs)
+    plans = [(cfg, estimate(cfg)) for cfg in configs]
+    rows = [(cfg, chosen_time(cfg, plan)) for cfg, plan in plans]
+    head = f"{'stage':<32} {'steps':>10} {'clips':>14} {'frames':>7} {'hours':>9} {'GPU-hours':>11}"
+    lines = [
+        f"{cfg.run.name:<32} {row['steps']:>10,} {row['steps'] * cfg.data.batch_size:>14,} {cfg.clip.num_frames:>7}"
+        f" {row['hours']:>9,.1f} {row['gpu_hours']:>11,.0f}"
+        for cfg, row in rows
+    ]
+    hours, gpu_hours = (sum(row[key] for _, row in rows) for key in ("hours", "gpu_hours"))
+    steps = sum(row["steps"] for _, row in rows)
+    total = f"{'in all':<32} {steps:>10,} {'':>14} {'':>7} {hours:>9,.1f} {gpu_hours:>11,.0f}"
+    return "\n".join([head, *lines, total])
 
 
 def audit(cfg: DictConfig) -> str:

@@ -74,6 +74,11 @@ def _memory(cfg: Any, plan: Values) -> Iterator[str]:
     yield f"  {chosen} with activations {used}: {total:.1f} GiB of {room:.1f}: {verdict}"
 
 
+def chosen_time(cfg: Any, plan: Values) -> Values:
+    """Return the times under the strategy that the config names."""
+    return plan["times"][_chosen(cfg, plan)]
+
+
 def _time(cfg: Any, plan: Values) -> Iterator[str]:
     yield (
         "\nTime              step s   compute  optimizer  gather  exchange (exposed)   clips/s   goodput    hours"
@@ -85,7 +90,7 @@ def _time(cfg: Any, plan: Values) -> Iterator[str]:
             f"{row['gather_s']:>7.3f}  {row['exchange_s']:>8.3f} ({row['exposed_s']:.3f})  {row['clips_per_s']:>9,.0f}"
             f"  {row['goodput']:>7.1%} {row['hours']:>8,.1f}  {row['gpu_hours']:>10,.0f}"
         )
-    row, cluster = plan["times"][_chosen(cfg, plan)], cfg.cluster
+    row, cluster = chosen_time(cfg, plan), cfg.cluster
     yield f"  {row['steps']:,} steps are {row['epochs']:.2f} epochs of {cluster.num_clips:,} clips"
     yield (
         f"  failures: one in {row['mtbf_hours']:,.1f} h on {plan['ranks']} GPUs; save every "

@@ -5,6 +5,7 @@ config + .safetensors --init.start_from--> every parameter must be filled --> co
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -45,5 +46,13 @@ def make_run(source: Path, overrides: Sequence[str]) -> tuple[Path, init.Report]
         facts = {"cursor": 0, "plan_version": None}  # no plan: it is never continued
         checkpoint.save(directory / "checkpoints", step=0, state=checkpoint.State(tensors, facts), keep=1)
         record = run_dir.Record(directory, writes=True)
-        record.update(name=cfg.run.name, status="imported", step=0, max_steps=0, source=str(source))
+        command = redact.text(" ".join(["python scripts/convert.py run", str(source), *overrides]))
+        named = [word.partition("=")[2] for word in overrides if word.startswith("+experiment=")]
+        facts = {"command": command, "experiment": named[0] if named else "", "parts": _parts(system.model)}
+        record.update(name=cfg.run.name, status="imported", step=0, max_steps=0, **facts)
     return directory, report
+
+
+def _parts(model: nn.Module) -> list[dict[str, Any]]:
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    return [{"name": n, "parameters": count, "trainable": 0, "dropped": False} for n, count in counts.items() if count]

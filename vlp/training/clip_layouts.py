@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import save_file
-from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
 from vlp import config
@@ -91,12 +90,16 @@ def _is_clip_vit(video: nn.Module) -> bool:
     embed: Any = video.patch_embed
     first: Any = video.blocks[0].block  # type: ignore[union-attr]
     plain = type(first).__name__ == "Block" and isinstance(first.attn.q_norm, nn.Identity) and first.attn.gate is None
-    activation = isinstance(first.mlp.act, QuickGELU) or type(first.mlp.act) is nn.GELU
+    activation = _is_quick(first.mlp.act) or type(first.mlp.act) is nn.GELU
     scales = isinstance(first.ls1, nn.Identity) and isinstance(first.mlp.norm, nn.Identity)
     norms = [video.norm_pre, video.norm, first.norm1, first.norm2]
     same = all(isinstance(norm, nn.LayerNorm) and norm.eps == 1e-5 for norm in norms)
     square = embed.grid_size[0] == embed.grid_size[1]
     return plain and activation and scales and same and square and embed.proj.bias is None and _has_biases(first)
+
+
+def _is_quick(activation: nn.Module) -> bool:
+    return type(activation).__name__ == "QuickGELU"  # timm's; no file but those of the encoders imports timm
 
 
 def _has_biases(block: Any) -> bool:
@@ -117,7 +120,7 @@ def towers(model: VideoText) -> Towers:
     first = video.blocks[0].block
     sizes = (video.dim, len(video.blocks), first.attn.num_heads, first.mlp.fc1.out_features)
     text: Any = model.text_encoder.model.config
-    quick = (isinstance(first.mlp.act, QuickGELU), text.hidden_act == "quick_gelu")
+    quick = (_is_quick(first.mlp.act), text.hidden_act == "quick_gelu")
     return Towers(model.embed_dim, video.size, video.patch_size, sizes, text, quick)
 
 

@@ -6,12 +6,14 @@ init.run --newest valid checkpoint, averaged weights where there are any--> tens
   missing     of this run only: they keep their random start
   left over   of the earlier run only: they are not loaded
   skipped     by init.skip
+
+init.rename says where a part of the earlier run has another place here: a trained tokenizer is a target of this run.
 """
 
 import fnmatch
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +52,18 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def start_from(module: nn.Module, source: Path, *, skip: Sequence[str] = ()) -> Report:
+def start_from(module: nn.Module, source: Path, *, skip: Sequence[str] = (), rename: Mapping[str, str] = {}) -> Report:
     """Fill weights and buffers of `module` from an earlier run, as far as names and shapes agree.
 
     Args:
         source: a run's directory, a checkpoint's, or a .safetensors file. skip: patterns of names left alone.
+        rename: beginning of a name there -> what stands in its place here; names that begin otherwise stay.
 
     Raises:
         config.ConfigError: nothing can be read, nothing fits, or a shape differs that is no table of positions.
     """
-    tensors, where = _read(source)
+    stored, where = _read(source)
+    tensors = _renamed(stored, rename, where)
     own = state.once(module)
     skipped = sorted(name for name in own if any(fnmatch.fnmatch(name, pattern) for pattern in skip))
     taken = {name: tensors[name] for name in own if name in tensors and name not in skipped}
@@ -114,6 +118,25 @@ def _read(source: Path) -> tuple[dict[str, Tensor], str]:
         stored = newest
     average = stored.under("ema")
     return {**stored.under("model"), **average}, str(stored.path) + (" (averaged weights)" if average else "")
+
+
+def _renamed(tensors: Mapping[str, Tensor], rename: Mapping[str, str], where: str) -> dict[str, Tensor]:
+    """Give the tensors their names in this run, by the longest beginning that fits.
+
+    Raises:
+        config.ConfigError: a beginning that no name has, or two tensors of one name.
+    """
+    idle = [old for old in rename if not any(name.startswith(old) for name in tensors)]
+    if idle:
+        raise config.ConfigError([f"init.rename: no name in {where} begins with '{idle[0]}'."])
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        fitting = max((old for old in rename if name.startswith(old)), key=len, default="")
+        new = rename.get(fitting, "") + name.removeprefix(fitting)
+        if new in renamed:
+            raise config.ConfigError([f"init.rename: two tensors of {where} would be named '{new}'."])
+        renamed[new] = tensor
+    return renamed
 
 
 def _grid_of(module: nn.Module, name: str) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig
 from pytorch_lightning.strategies.launchers import subprocess_script
 
-from vlp import config, dist, sweep
+from vlp import config, dist, stages, sweep
 from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import ShardsError
@@ -37,6 +37,7 @@ from vlp.training import (
     redact,
     run_dir,
     signals,
+    stages_run,
     state,
     streams,
     summary,
@@ -68,6 +69,8 @@ def main(overrides: Sequence[str]) -> int:
         quiet()
         with streams.tolerant():
             return sweep_run.main(overrides)
+    if stages.is_asked(overrides):
+        return reported(lambda: stages_run.main(overrides, run))
     return run(lambda: config.load(overrides))
 
 
@@ -314,7 +317,7 @@ class Attempt:
         section = self.cfg.init
         if section.run is None or checkpoint.all_steps(self.directory / "checkpoints"):
             return
-        report = init.start_from(module, Path(section.run), skip=section.skip)
+        report = init.start_from(module, Path(section.run), skip=section.skip, rename=plain(section.rename))
         if self.first:
             init.save(report, self.directory)
             print(report.text(), flush=True)

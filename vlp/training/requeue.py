@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlp import config
+from vlp import config, stages
+from vlp.training import stages_run
 from vlp.training.exits import Exit, reported
 from vlp.training.run_dir import write_json
 
@@ -22,7 +23,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _decide(overrides: Sequence[str]) -> int:
-    cfg = config.load(overrides)
+    cfg = stages_run.current(overrides) if stages.is_asked(overrides) else config.load(overrides)
     again, why = decide(Path(cfg.paths.runs) / cfg.run.name)
     print(why, file=sys.stderr)
     return Exit.DONE if again else Exit.COLLECTIVE_TIMEOUT

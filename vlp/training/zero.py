@@ -115,6 +115,7 @@ class ZeroUpdate:
     def __init__(self, engine: Any, module: nn.Module, *, stage: int, scale: LossScale | None) -> None:
         self.engine, self.module, self.stage, self.scale = engine, module, stage, scale
         self.frozen_sharded = stage == 3
+        self.is_first = True  # is the next micro-batch the first one of its step?
         self.zero = engine.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -122,6 +123,9 @@ class ZeroUpdate:
 
     def micro(self, *, last: bool) -> AbstractContextManager:
         """Tell DeepSpeed whether this is the last micro-batch of the step."""
+        if self.is_first:
+            self._forget_sums()
+        self.is_first = last
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
@@ -226,6 +230,16 @@ class ZeroUpdate:
                 yield
             finally:
                 offload._register_deepspeed_module(offload.module)
+
+    def _forget_sums(self) -> None:
+        """Set the sums over micro-batches to zero.
+
+        DeepSpeed overwrites them in the first micro-batch, and only those of parameters that have a gradient there: a
+        temperature that has its first one in the last micro-batch would be given that of the step before as well.
+        """
+        kept = getattr(self.zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", {})
+        for sums in (*kept.values(), *getattr(self.zero, "accumulated_grads_in_cpu", {}).values()):
+            sums.zero_()
 
     def _place(self, parameter: Any) -> "_Place":
         if self.stage == 3:

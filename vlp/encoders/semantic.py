@@ -1,0 +1,83 @@
+"""A visual tokenizer whose codes were learned against texts: the targets of masked modelling.
+
+    frames --encoder--> grid [B, T, h, w, D] --quantizer--> codes [B, T, h, w]
+
+Axes: B clips, T frames, h w cells, D width, N vectors, E width of a code.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vlp.encoders.codebook import k_means
+from vlp.layers.quantize import Quantizer
+
+
+class SemanticCodes(nn.Module):
+    """The video side of `vlp.models.tokenizer`, under the same names: its checkpoint is what this starts from.
+
+    Args:
+        encoder: (pixels, frame_mask, hidden) -> Grid. num_codes, code_dim: of the quantizer.
+        mean, std: of the pixels, in [0, 1], per channel.
+    """
+
+    fitted: Tensor
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        num_codes: int,
+        code_dim: int = 32,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        self.video_encoder = encoder
+        self.quantizer = Quantizer(dim=int(encoder.dim), num_codes=num_codes, code_dim=code_dim)  # type: ignore[arg-type]
+        self.num_codes = num_codes
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
+        self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
+
+    def fit(self, frames: Iterable[Tensor], *, seed: int) -> None:
+        """Spread the codes over what an encoder that nobody has trained sees; a trained tokenizer is fitted already."""
+        fit_codes(self.video_encoder, self.quantizer, (self._pixels(clips) for clips in frames), seed=seed)
+        self.fitted.fill_(True)
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Map [B, T, H, W, 3] uint8 under [B, T] bool (True = real) to codes [B, T, h, w] int64."""
+        return self.quantizer(self.video_encoder(self._pixels(frames), frame_mask, None).x).codes
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        return rearrange(torch.addcmul(self.pixel_shift, frames, self.pixel_scale), "b t h w c -> b t c h w")
+
+
+@torch.no_grad()
+def fit_codes(
+    encoder: nn.Module, quantizer: Quantizer, clips: Iterable[Tensor], *, seed: int, max_vectors: int = 100_000
+) -> None:
+    """Put the codes where vectors are, by k-means: codes that are far from all vectors are never chosen, nor trained.
+
+    Args:
+        clips: pixels [B, T, 3, H, W]; read until there are `max_vectors` cells.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    parts, count = [], 0
+    for pixels in clips:
+        everywhere = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+        parts.append(quantizer(encoder(pixels, everywhere, None).x).near.flatten(0, 3).cpu())  # [N, E]
+        count += len(parts[-1])
+        if count >= max_vectors:
+            break
+    encoder.train(was_training)
+    vectors = torch.cat(parts)[:max_vectors]
+    centroids = k_means(vectors, quantizer.num_codes, 20, torch.Generator().manual_seed(seed))
+    quantizer.table.copy_(F.normalize(centroids, dim=-1))
