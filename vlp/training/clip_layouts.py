@@ -119,7 +119,8 @@ def towers(model: VideoText) -> Towers:
     video: Any = model.video_encoder
     first = video.blocks[0].block
     sizes = (video.dim, len(video.blocks), first.attn.num_heads, first.mlp.fc1.out_features)
-    text: Any = model.text_encoder.model.config
+    text_encoder: Any = model.text_encoder
+    text = text_encoder.model.config
     quick = (_is_quick(first.mlp.act), text.hidden_act == "quick_gelu")
     return Towers(model.embed_dim, video.size, video.patch_size, sizes, text, quick)
 
