@@ -306,6 +306,14 @@ def test_the_command_line_has_the_last_word(conf):
     assert config.load(["trainer.max_steps=7", "+scale=tiny"], conf=conf).trainer.max_steps == 7
 
 
+def test_the_command_line_has_the_last_word_over_the_small_size_of_a_part(conf):
+    schedule = "_target_: vlp.training.optim.Constant\nwarmup_steps: 2\ntiny: {warmup_steps: 1}\n"
+    write(conf, "schedule/constant", schedule)
+    assert config.load(["run.tiny=true"], conf=conf).schedule.warmup_steps == 1
+    assert config.load(["run.tiny=true", "schedule.warmup_steps=9"], conf=conf).schedule.warmup_steps == 9
+    assert config.load(["run.tiny=false"], conf=conf).schedule.warmup_steps == 2
+
+
 @pytest.mark.parametrize("override", ["view=[]", "view=null", "fusion=null", "experiment=null"])
 def test_optional_groups_may_be_left_out(conf, override):
     write(conf, "view/tubes", f"# @package view\nt: {PART}\n")

@@ -80,9 +80,9 @@ def test_the_text_encoder_goes_to_hugging_face_and_back(run, tmp_path, capsys):
 def test_weights_become_a_run_that_is_evaluated_like_the_one_they_came_from(place, run, tmp_path, capsys):
     weights, tokens = tmp_path / "w.safetensors", f"tokenizer.name={run / 'tokenizer.json'}"
     assert convert.main(["export", str(run), str(weights), "--ema"]) == Exit.DONE
-    words = ["run", str(weights), *overrides(place, "taken", *ONE, tokens)]
+    words = ["run", str(weights), *overrides(place, "of_weights", *ONE, tokens)]
     assert convert.main(words) == Exit.DONE and "python evaluate.py run=" in capsys.readouterr().out
-    taken = place / "runs" / "taken"
+    taken = place / "runs" / "of_weights"
     assert evaluate_run.main([f"run={taken}", "task=retrieval"]) == Exit.DONE
     assert evaluate_run.main([f"run={run}", "task=retrieval"]) == Exit.DONE
     card = write_card(taken).read_text()
@@ -90,7 +90,7 @@ def test_weights_become_a_run_that_is_evaluated_like_the_one_they_came_from(plac
     ours, theirs = (next((each / "scores").glob("*.world.retrieval.json")) for each in (taken, run))
     assert scores.read(ours).each == scores.read(theirs).each
     capsys.readouterr()
-    assert convert.main(words) == Exit.BAD_CONFIG and "taken holds a run already" in capsys.readouterr().err
+    assert convert.main(words) == Exit.BAD_CONFIG and "of_weights holds a run already" in capsys.readouterr().err
     tensors = load_file(weights)
     save_file(dict(list(tensors.items())[1:]), weights)
     assert convert.main([*words, "run.name=other"]) == Exit.BAD_CONFIG

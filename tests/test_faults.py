@@ -152,11 +152,11 @@ def die_slowly() -> None:
 
 
 def test_steps_that_are_done_again_are_announced_and_carry_the_number_of_their_attempt(place, cfg):
-    again = changed(cfg, run__name="again", trainer__checkpoint_every=2)
+    again = changed(cfg, run__name="done_again", trainer__checkpoint_every=2)
     attempt(again, log=place / "again1.log", strike=Strike(4, "save", 0, die_slowly))
     done = attempt(again, log=place / "again2.log")
     assert done.codes == [0] and re.search("continuing at step 2: [12] later steps were not saved", done.output)
-    rows = metrics_csv.read(place / "runs/again/metrics.csv")
+    rows = metrics_csv.read(place / "runs/done_again/metrics.csv")
     found = [(row["step"], row["attempt"]) for row in rows if "train/loss" in row]
     assert found == [("1", "1"), ("2", "1"), ("3", "2"), ("4", "2")]
 

@@ -9,8 +9,8 @@ from clips import clip, numbers
 from test_video_text import build, embed, frames
 from tiny_runs import overrides
 
+import vlp.data.decode
 from vlp import config
-from vlp.data import fields
 from vlp.data.collate import collate
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import Clip as Other
@@ -83,9 +83,9 @@ def test_one_decode_serves_all_clips_and_the_first_is_what_it_was(shards, monkey
         calls.append(len(times_s))
         return decode(video, times_s, **options)
 
-    decode = fields.decode
+    decode = vlp.data.decode.decode
     alone = [reader(shards, 0).read(1, epoch) for epoch in range(4)]
-    monkeypatch.setattr(fields, "decode", counted)
+    monkeypatch.setattr(vlp.data.decode, "decode", counted)
     together = [reader(shards, num_more).read(1, epoch) for epoch in range(4)]
     assert calls == [4 * (1 + num_more)] * 4
     for one, other in zip(alone, together, strict=True):

@@ -27,9 +27,9 @@ class Lose(NamedTuple):
 
 
 def test_a_run_that_lost_its_directory_ends_with_77_on_all_ranks_and_leaves_the_new_owners_files(place):
-    cfg = toy(place, "lost", "trainer.max_steps=9", "trainer.checkpoint_every=5", "run.hold_after=null")
-    run = place / "runs" / "lost"
-    done = attempt(cfg, log=place / "lost.log", world_size=2, strike=Strike(3, "forward", 0, Lose(run)))
+    cfg = toy(place, "overtaken", "trainer.max_steps=9", "trainer.checkpoint_every=5", "run.hold_after=null")
+    run = place / "runs" / "overtaken"
+    done = attempt(cfg, log=place / "overtaken.log", world_size=2, strike=Strike(3, "forward", 0, Lose(run)))
     assert done.codes == [Exit.LOCKED, Exit.LOCKED] == [77, 77], done.output
     assert "was taken over by process 4 on node7" in done.output and "Traceback" not in done.output
     assert (run / "run.json").read_text() == '{"status": "running"}'

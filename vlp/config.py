@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -62,9 +63,12 @@ def load(overrides: Sequence[str], *, conf: Path = CONF) -> DictConfig:
     Raises:
         ConfigError: everything that is wrong with it, one line each.
     """
-    cfg, messages = _compose(_prepared(overrides, conf), conf)
+    words = _prepared(overrides, conf)
+    cfg, messages = _compose(words, conf)
     if cfg is not None:
         _settle_size(cfg, tiny=bool(OmegaConf.select(cfg, "run.tiny")))
+        if not messages:
+            _say_again(cfg, words)
         messages += check(cfg)
     if cfg is None or messages:
         raise ConfigError(messages)
@@ -266,6 +270,12 @@ def _settle_size(node: Any, *, tiny: bool) -> None:
         return
     for child in list(children):
         _settle_size(child, tiny=tiny)
+
+
+def _say_again(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Let the values of the command line, which are composed before `_settle_size`, win over the small sizes too."""
+    for said in OverridesParser.create().parse_overrides([word for word in words if word.startswith("++")]):
+        OmegaConf.update(cfg, said.key_or_group, said.value(), force_add=True)
 
 
 def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
