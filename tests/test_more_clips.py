@@ -204,6 +204,11 @@ def test_objective_over_other_clips_without_any_is_refused(place):
         assemble(cfg)
 
 
+def test_objective_over_other_texts_without_any_is_refused(place):
+    with pytest.raises(config.ConfigError, match=r"texts: one text a sample, .* use texts=many_captions"):
+        assemble(config.load(overrides(place, "one", "objective=[contrastive,contrastive_second]")))
+
+
 def test_planner_counts_the_other_clips(place):
     batch = batch_of(config.load(overrides(place, "plan", "clip.more_clips=3")), 2)
     assert batch.more_frames.shape[:2] == (2, 3) and batch.more_frames.shape[2:] == batch.frames.shape[1:]
