@@ -82,7 +82,7 @@ def _with_kernels(forward: Callable, half: torch.dtype | None, *args: Any, **kwa
 
 
 def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
-    """Return a micro-batch of full clips and as many full texts as samples bring; frames on the meta device, all else real."""
+    """Return a micro-batch of full clips and all their texts, full; frames on the meta device, all else real."""
     clip, length = cfg.clip, cfg.tokenizer.max_length
     shape = (num_clips, clip.num_frames)
     text_ids = torch.full((num_clips, length), cfg.tokenizer.eos_id)

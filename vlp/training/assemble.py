@@ -109,7 +109,7 @@ def _more_errors(num_clips: int, num_texts: int, wirings: Mapping[str, Wiring], 
         )
     if "more_ids" in names and not num_texts:
         messages.append(
-            "texts: one text a sample, but an objective takes others too; use texts=many_captions, one_of_each or options."
+            "texts: one text a sample, but an objective takes others; use texts=many_captions, one_of_each or options."
         )
     return messages
 
