@@ -49,6 +49,7 @@ def test_of_two_processes_that_race_a_hundred_times_exactly_one_wins(tmp_path):
         start.set()
         for each in both:
             each.join()
+        assert not wins.empty() and not losses.empty()
         winner, (code, message) = wins.get(), losses.get()
         assert code == Exit.LOCKED == 77 and f"in use by process {winner} on " in message
         assert wins.empty() and losses.empty()
