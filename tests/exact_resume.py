@@ -89,7 +89,7 @@ def whole(place: Path, cfg: DictConfig, name: str, *, world: int) -> None:
 
 
 def elastic(place: Path, cfg: DictConfig, *, history: Sequence[int], steps: int, seed: int) -> tuple[int, int, float]:
-    """Change the number of ranks at drawn steps; return rows, rows with other ids, and the largest loss difference."""
+    """Change the number of ranks at drawn steps; return rows, rows with other ids, largest relative error of a loss."""
     draw, name = random.Random(f"{seed} {history}"), "elastic-" + "-".join(map(str, history))
     run, ends = place / "runs" / name, sorted(draw.sample(range(1, steps), len(history) - 1))
     for world, end in zip(history, [*ends, None], strict=True):
@@ -98,8 +98,8 @@ def elastic(place: Path, cfg: DictConfig, *, history: Sequence[int], steps: int,
     expected = {row["step"]: row for row in ledger.read(place / "runs" / "elastic" / "ledger.jsonl") if "step" in row}
     rows = [row for row in ledger.read(run / "ledger.jsonl") if "step" in row]
     other = sum(row["ids"] != expected[row["step"]]["ids"] for row in rows) + len(expected) - len(rows)
-    worst = max(abs(float.fromhex(r["loss"]) - float.fromhex(expected[r["step"]]["loss"])) for r in rows)
-    return len(rows), other, worst
+    losses = [(float.fromhex(row["loss"]), float.fromhex(expected[row["step"]]["loss"])) for row in rows]
+    return len(rows), other, max(abs(mine - whole) / abs(whole) for mine, whole in losses)
 
 
 def table(place: Path, *, worlds: Sequence[int], kinds: Sequence[str], steps: int, seed: int) -> Iterator[str]:
@@ -123,7 +123,7 @@ def elastic_table(place: Path, *, steps: int, seed: int) -> Iterator[str]:
     """Yield the lines of the table of changing numbers of ranks."""
     cfg = toy(place, "x", f"trainer.max_steps={steps}", *ELASTIC)
     whole(place, cfg, "elastic", world=1)
-    yield "| numbers of ranks | rows compared | rows with other ids | largest difference of a loss |"
+    yield "| numbers of ranks | rows compared | rows with other ids | largest difference of a loss, as its share |"
     yield "|---|---|---|---|"
     for history in ((1, 2), (2, 1), (1, 3), (3, 4), (4, 1), (4, 2, 4), (1, 2, 3, 4), (4, 3, 2, 1)):
         rows, other, worst = elastic(place, cfg, history=history, steps=steps, seed=seed)

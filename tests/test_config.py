@@ -50,7 +50,8 @@ cluster: {{nodes: 1, gpus_per_node: 1, gpu: h100, cores_per_node: 8, utilisation
   save_stall_s: 1.0, save_write_s: 1.0, restart_s: 1.0}}
 """
 DATA = "{batch_size: 4, num_lanes: 2, window_shards: 1, bucket_steps: 1, num_workers: 0, captions: null, holdout: 0.0"
-DATA += ", decode_timeout_s: 9, balance: false, index_dir: i, cache_dir: null, cache_gib: 1.0"
+DATA += ", decode_timeout_s: 9, outage_s: 9, worker_memory_gib: 9.0"
+DATA += ", balance: false, index_dir: i, cache_dir: null, cache_gib: 1.0"
 FILES = {
     "train": TRAIN,
     "schedule/constant": "_target_: vlp.training.optim.Constant\nwarmup_steps: 2\n",

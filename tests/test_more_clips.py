@@ -200,8 +200,13 @@ def test_clips_of_a_sample_can_be_contrasted(place, monkeypatch):
 
 def test_objective_over_other_clips_without_any_is_refused(place):
     cfg = config.load([*overrides(place, "none", "objective=[contrastive]"), SECOND[1]])
-    with pytest.raises(config.ConfigError, match=r"clip\.more_clips: 0 other clips of a sample, but"):
+    with pytest.raises(config.ConfigError, match=r"clip\.more_clips: 0 other clips a sample, but"):
         assemble(cfg)
+
+
+def test_objective_over_other_texts_without_any_is_refused(place):
+    with pytest.raises(config.ConfigError, match=r"texts: one text a sample, .* use texts=many_captions"):
+        assemble(config.load(overrides(place, "one", "objective=[contrastive,contrastive_second]")))
 
 
 def test_planner_counts_the_other_clips(place):

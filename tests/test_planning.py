@@ -39,6 +39,15 @@ def test_a_view_costs_its_quantities_again():
     assert "encoded:masked_words" not in found and found["fused:masked_words"] > 0
 
 
+def test_every_text_of_a_sample_is_counted():
+    towers = ["+experiment=mevtr", "run.tiny=true", "clip.num_frames=4", "data.batch_size=16"]
+    few, many = (
+        {cost.name: cost.forward for cost in costs(build(config.load([*towers, f"texts.max_texts={n}"])), 2)}
+        for n in (2, 5)
+    )
+    assert many["more_text"] == 4 * few["more_text"] == 4 * many["text"] > 0 and few["text"] == many["text"]
+
+
 MEASURED = {
     "towers": TOWERS,
     "recomputed": (*TOWERS, "trainer.checkpoint_activations=true"),

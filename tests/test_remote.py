@@ -18,6 +18,7 @@ from vlp.data.fields import ClipReader, Clips, Shards
 from vlp.data.index import build_index, index_path, index_url, main, open_index, read_part
 from vlp.data.remote import Retry, shown
 from vlp.data.sampling import Segments
+from vlp.data.sandbox import Sandbox
 from vlp.data.storage import StorageError
 from vlp.data.synthetic import World
 from vlp.data.transforms import RandomResizedCrop
@@ -301,7 +302,8 @@ def test_forked_workers_read_after_their_parent_has(server, world, tmp_path):
     here = [int(reader(world.shards("train")).read(i, 0).frames.sum()) for i in range(7)]
     far = Reading(reader(shards, index_dir=str(tmp_path)))
     assert far(0, begin=None, skip={}, buffer=None) == here[0]
-    assert list(ordered(far, range(7), Workers(num_workers=2, start_method="fork"))) == here
+    workers = Workers(num_workers=2, start_method="fork", sandbox=Sandbox(network=True))
+    assert list(ordered(far, range(7), workers)) == here
 
 
 def test_a_wrong_part_is_asked_for_once_more(server, world, tmp_path):

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlp.data.scene import FAMILIES, KEEP_OUT, MOVES, OPPOSITES, Scene, is_held_out, negatives, scene, tracks
+from vlp.data.scene import FAMILIES, KEEP_OUT, MOVES, OPPOSITES, Palette, Scene, is_held_out, negatives, scene, tracks
 
 TRAIN = [scene(0, index, "train") for index in range(1500)]
 TEST = [scene(0, index, "test") for index in range(200)]
@@ -29,6 +29,15 @@ def test_scene_is_the_same_for_the_same_seed_index_and_split():
 def test_scene_refuses_another_split():
     with pytest.raises(ValueError, match=r"split='val' is not a split.*'train' or 'test'"):
         scene(0, 0, "val")
+
+
+def test_a_small_palette_leaves_few_looks_and_every_kind_of_event():
+    palette = Palette(num_shapes=2, num_colours=4)
+    made = [scene(0, index, split, palette=palette) for split in ("train", "test") for index in range(300)]
+    assert {thing.shape for one in made for thing in one.objects} == {"circle", "square"}
+    assert {thing.colour for one in made for thing in one.objects} == {"red", "orange", "yellow", "green"}
+    assert {event.kind for one in made for event in one.events} == set(OPPOSITES)
+    assert [is_held_out(one) for one in made] == [False] * 300 + [True] * 300
 
 
 def test_every_test_scene_shows_a_combination_that_train_never_shows():

@@ -20,6 +20,7 @@ from vlp.data.loader import MicroBatches, Part, StepLoader
 from vlp.data.mix import Schedule
 from vlp.data.plan import Plan
 from vlp.data.remote import Retry
+from vlp.data.sandbox import Sandbox
 from vlp.data.shard_cache import ShardCache
 from vlp.data.storage import StorageError
 from vlp.data.synthetic import World
@@ -341,7 +342,7 @@ def test_the_loader_fetches_the_windows_that_it_will_read(server, far, make, mon
         rank=0,
         world_size=1,
     )
-    workers = Workers(num_workers=num_workers, prefetch=1, start_method="fork")
+    workers = Workers(num_workers=num_workers, prefetch=1, start_method="fork", sandbox=Sandbox(network=True))
     first = [cache.path(open_index(shards[number], index_dir=index_dir)) for number in plan.upcoming(0, 0, 0, 1)]
     assert len(first) == 2
     steps = iter(StepLoader(work, start_step=0, num_steps=2, workers=workers))

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from vlp.data.outage import Outage
+from vlp.data.storage import OutageError
 from vlp.data.workers import WorkerError, Workers, ordered
 from vlp.types import Reason
 
-FAST = Workers(num_workers=2, stall_s=0.5, start_method="fork")
+FAST = Workers(num_workers=2, stall_s=0.5, decode_s=0.5, start_method="fork")
 
 
 class Pair(NamedTuple):
@@ -26,13 +28,21 @@ class Work:
 
     buffer_bytes = 5
 
-    def __init__(self, *at: tuple[int, int], deed: signal.Signals | None = None, armed: Path | None = None):
-        self.at, self.deed, self.armed = at, deed, armed
+    def __init__(
+        self,
+        *at: tuple[int, int],
+        deed: signal.Signals | None = None,
+        armed: Path | None = None,
+        loaded: bool = True,
+    ):
+        self.at, self.deed, self.armed, self.loaded = at, deed, armed, loaded
 
     def __call__(self, job, *, begin, skip, buffer):
         ids = []
         for slot in range(3):
             begin(slot)
+            if self.loaded:
+                begin(slot, loaded=True)
             ids.append(-skip[slot] if slot in skip else 10 * job + slot)
             if (job, slot) in self.at and slot not in skip and (self.armed is None or self.armed.exists()):
                 if self.armed is not None:
@@ -138,6 +148,66 @@ def test_sample_that_takes_two_workers_down_is_left_out(deed, reason):
 def test_a_slow_decode_hangs_and_a_slow_storage_does_not(loaded, result):
     settings = FAST._replace(stall_s=60.0, decode_s=0.5)
     assert list(ordered(Slow(loaded=loaded), range(5), settings)) == [0, 0, result, 0, 0]
+
+
+def test_a_read_that_does_not_return_is_tried_by_new_workers_and_blames_no_sample(tmp_path, caplog):
+    armed, seen = tmp_path / "armed", []
+    armed.touch()
+    work = Work((4, 1), deed=signal.SIGSTOP, armed=armed, loaded=False)
+    with caplog.at_level(logging.WARNING):
+        settings = FAST._replace(max_restarts=0)
+        assert [pair.ids.tolist() for pair in ordered(work, range(9), settings, seen.append)] == PLAIN
+    assert "at job 4, sample 1, before its bytes were there; its jobs are given to a new one" in caplog.text
+    endless = Work((4, 1), deed=signal.SIGSTOP, loaded=False)
+    with pytest.raises(OutageError, match=r"a read does not return.*allowed are data\.outage_s=2$"):
+        list(ordered(endless, range(9), settings._replace(outage_s=2.0), seen.append))
+    assert {outage.text().partition(" for ")[0] for outage in seen if outage} == {
+        "local storage gives no answer (a read does not return)"
+    }
+
+
+class Waits:
+    """Waits for storage at sample 1 of job 2, far longer than a worker may be silent, and says so."""
+
+    buffer_bytes = 0
+
+    def __init__(self, num_rounds: int, *, lost: bool = False):
+        self.num_rounds, self.lost = num_rounds, lost
+
+    def __call__(self, job, *, begin, skip, buffer):
+        begin(0)
+        for number in range(self.num_rounds if job == 2 else 0):
+            begin(1, outage=Outage("s3://bucket", f"attempt {number}", time.monotonic(), 60.0))
+            time.sleep(0.2)
+        if self.lost and job == 2:
+            raise OutageError("s3://bucket gave no answer")
+        begin(1, loaded=True)
+        return job - sum(skip.values())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_worker_that_waits_for_storage_is_no_hung_one_and_the_trainer_is_told(num_workers):
+    seen, settings = [], FAST._replace(num_workers=num_workers, max_restarts=0)
+    assert list(ordered(Waits(10), range(5), settings, seen.append)) == [0, 1, 2, 3, 4]
+    told = [outage.what for outage in seen if outage]
+    assert told and set(told) <= {f"attempt {number}" for number in range(10)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_storage_that_is_lost_is_raised_in_its_place(num_workers):
+    results = ordered(Waits(1, lost=True), range(5), FAST._replace(num_workers=num_workers))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(OutageError, match=r"^s3://bucket gave no answer$"):
+        next(results)
+
+
+def test_whoever_waits_may_be_called_away():
+    def leave(outage):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        list(ordered(Waits(1000), range(5), FAST, leave))
+    assert not multiprocessing.active_children()
 
 
 def test_unexplained_deaths_end_the_run():

@@ -471,6 +471,8 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
     ("above 0", lambda value: value > 0): (
         *("optim.lr", "optim.eps", "trainer.clip_grad_norm", "cluster.network_gb_s", "cluster.epochs"),
         *("cluster.gpu_mtbf_hours", "trainer.timeout_s", "trainer.max_time_s", "data.decode_timeout_s"),
+        "data.outage_s",
+        "data.worker_memory_gib",
     ),
     ("above 1", lambda value: value > 1): ("trainer.spike_factor",),
     ("between 0 and 1", lambda value: 0 <= value <= 1): ("trainer.bad_sample_budget", "data.holdout"),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 waited_s = 0.0  # in collectives, for the other ranks; next to nothing where a GPU runs them beside the process
+_TEXT_BYTES = 512
 num_entered = 0  # collectives that this rank has begun: one that hangs elsewhere has begun fewer than those that wait
 
 
@@ -113,6 +114,15 @@ def exchange(value: Any, group: Any) -> list[Any]:
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
     torch_dist.all_gather(texts, F.pad(text, (0, longest - len(text))), group=group)
     return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, sizes, strict=True)]
+
+
+def first_text(text: str, device: torch.device | str) -> str:
+    """Return, on all ranks, the first rank's text that is not empty, of at most 512 bytes; each gives its own."""
+    mine = torch.zeros(1, _TEXT_BYTES, dtype=torch.uint8)
+    data = text.encode()[:_TEXT_BYTES]
+    mine[0, : len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    texts = [bytes(row.tolist()).rstrip(b"\0") for row in gather(mine.to(device)).cpu()]
+    return next((each.decode(errors="replace") for each in texts if each), "")
 
 
 _side: tuple[Any, Any] = (None, None)  # the world and the group that was made in it

@@ -102,6 +102,8 @@ class Data:
     balance: bool  # deal the clips of a step by size, so that no rank waits for another
     num_workers: int
     decode_timeout_s: float  # a sample that takes its loader worker longer is given up, after a second try
+    outage_s: float  # storage that gives no answer is waited for so long, then the run saves and stops (exit 74)
+    worker_memory_gib: float | None  # a sample that takes more is lost, see vlp.data.sandbox; null = no cap
     videos: str | None
     captions: str | None
     holdout: float

@@ -9,12 +9,13 @@ from vlp.data.bucket import Bucketed, Order
 from vlp.data.columns import IndexFileError
 from vlp.data.decode import Pictures
 from vlp.data.fields import ClipReader, Clips, Decoder, Sampling, ShardsError, Source, Transform
-from vlp.data.loader import MicroBatches, Part, SplitBatches, SplitLoader, StepLoader, workers_for
+from vlp.data.loader import Gate, MicroBatches, Part, SplitBatches, SplitLoader, StepLoader, workers_for
 from vlp.data.mix import Schedule
+from vlp.data.outage import OUTAGE_S, Waiting
 from vlp.data.plan import Plan, check_layout
 from vlp.data.rng import mix
 from vlp.data.shard_cache import ShardCache
-from vlp.data.storage import StorageError
+from vlp.data.storage import OutageError, StorageError
 from vlp.data.text import Tokenizer
 from vlp.data.texts import TextChoice
 from vlp.data.workers import DECODE_S
@@ -35,6 +36,8 @@ class VideoTextData:
         num_lanes, window_shards: see `vlp.data.plan`. bucket_steps: see `vlp.data.bucket`; 1 = as planned.
         balance: deal the clips of a step to ranks and micro-batches by size, see `vlp.data.balance`.
         num_workers: reading processes of each rank. decode_timeout_s: the most that a sample may take to decode.
+        outage_s: how long a sample waits for storage that gives no answer.
+        worker_memory_gib: what each reading process may take beyond what it begins with; None = no cap.
         seed: of the run.
         sampling_train, sampling_test, transforms_train, transforms_test, short_side, decoder: see
             `vlp.data.fields.Clips`; the frames of the video where no decoder is given.
@@ -45,6 +48,7 @@ class VideoTextData:
     Raises:
         ShardsError: shards are gone, damaged or without an index; names all of them.
         ValueError: a source is too small or has no usable sample, the batch does not divide, an index is missing.
+        OutageError: storage gives no answer.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class VideoTextData:
         balance: bool = False,
         more_clips: int = 0,
         decode_timeout_s: float = DECODE_S,
+        outage_s: float = OUTAGE_S,
+        worker_memory_gib: float | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         check_layout(global_batch=batch_size, num_lanes=num_lanes, world_size=1, accumulate=accumulate)
@@ -79,7 +85,7 @@ class VideoTextData:
         self.num_lanes, self.window_shards, self.bucket_steps, self.seed = num_lanes, window_shards, bucket_steps, seed
         self.balance = balance
         self._schedule = Schedule(list(self.weights.values()), seed=seed)
-        self._index_dir, self._cache, self._texts = index_dir, cache, texts
+        self._index_dir, self._cache, self._texts, self._outage_s = index_dir, cache, texts, outage_s
         clips = {
             "train": Clips(sampling_train, transforms_train, short_side, more_clips, decoder=decoder or Pictures()),
             "test": Clips(sampling_test, transforms_test, short_side, decoder=decoder or Pictures()),
@@ -90,11 +96,16 @@ class VideoTextData:
         self._parts = {
             number: self._part(number, name) for number, name in enumerate(self.sources) if self.weights[name] > 0
         }
-        self._workers = workers_for(self._readers.values(), num_workers=num_workers, decode_s=decode_timeout_s)
+        limits = {"decode_s": decode_timeout_s, "outage_s": outage_s, "memory_gib": worker_memory_gib}
+        self._workers = workers_for(self._readers.values(), num_workers=num_workers, **limits)
         self.tokenizer = make_tokenizer(self._captions())
 
-    def train_loader(self, *, start_step: int, num_steps: int, rank: int, world_size: int) -> StepLoader:
+    def train_loader(
+        self, *, start_step: int, num_steps: int, rank: int, world_size: int, gate: Gate | None = None
+    ) -> StepLoader:
         """Return this rank's StepBatches of steps start_step to start_step + num_steps; an epoch's end is not seen.
+
+        The ranks meet at the `gate` before each step.
 
         Raises ValueError if `world_size` does not divide the lanes or the micro-batches.
         """
@@ -109,16 +120,19 @@ class VideoTextData:
             rank=rank,
             world_size=world_size,
         )
-        return StepLoader(work, start_step=start_step, num_steps=num_steps, workers=self._workers)
+        return StepLoader(work, start_step=start_step, num_steps=num_steps, workers=self._workers, gate=gate)
 
-    def test_loader(self, source: str, *, batch_size: int, rank: int, world_size: int) -> SplitLoader:
+    def test_loader(
+        self, source: str, *, batch_size: int, rank: int, world_size: int, waiting: Waiting | None = None
+    ) -> SplitLoader:
         """Return this rank's batches of the test split: ids rank, rank + world_size, ..., each once, none repeated.
 
-        The last batch may be shorter, and a rank may have one batch less than another.
+        The last batch may be shorter, and a rank may have one batch less than another. `waiting` is told while the
+        next one is not there.
         """
         reader = self.reader(source, "test")
         work = SplitBatches(reader, tokenizer=self.tokenizer, batch_size=batch_size, rank=rank, world_size=world_size)
-        return SplitLoader(work, workers=self._workers)
+        return SplitLoader(work, workers=self._workers, waiting=waiting)
 
     def reader(self, source: str, split: str) -> ClipReader:
         """Return the samples of a split by id: `meta`, `key_of` and `shard_of`."""
@@ -166,7 +180,10 @@ class VideoTextData:
                 texts=self._texts,
                 index_dir=self._index_dir,
                 cache=self._cache,
+                outage_s=self._outage_s,
             )
+        except OutageError:
+            raise
         except (IndexFileError, StorageError) as error:
             raise ShardsError(f"source {name!r}: {error}") from error
         if len(reader) and Reason.OK not in reader.by_reason:
@@ -209,3 +226,5 @@ def _record(reader: ClipReader, sample_id: int, reason: Reason) -> dict[str, str
         return {"key": reader.key_of(sample_id), **record, "detail": reader.detail_of(sample_id)}
     except SampleError as error:  # its index has gone since
         return {"key": error.key, **record, "detail": error.detail}
+    except OutageError as error:  # away for now: a sample is not waited for to be named
+        return {"key": f"sample {sample_id}", **record, "detail": str(error)}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from vlp.data import storage
+from vlp.data import sandbox, storage
 from vlp.data.columns import IndexFileError
 from vlp.data.decode import Decoded, DecodeError, Pictures
 from vlp.data.index import (
@@ -33,6 +33,7 @@ from vlp.data.index import (
     read_part,
 )
 from vlp.data.many_views import Fixed, View
+from vlp.data.outage import OUTAGE_S
 from vlp.data.plan import PADDING
 from vlp.data.probe import ProbeError, VideoFacts, probe
 from vlp.data.remote import is_remote, shown
@@ -110,12 +111,15 @@ class Shards:
         Raises:
             ShardsError: shards are missing or damaged, or their indexes cannot be written; names them.
             ValueError: the first shard of a split cannot be read.
+            OutageError: the storage gives no answer.
         """
         missing = [shard for shard, path in self._paths.items() if not os.path.exists(path)]
         broken = []
         for shard in tqdm(missing, desc="indexing shards", unit="shard", disable=None):
             try:
                 self._index(shard)
+            except storage.OutageError:
+                raise  # the others would wait as long, each for itself
             except (OSError, TarError, storage.StorageError) as error:
                 broken.append(f"shard {shown(shard)!r} cannot be indexed: {error}; run: python -m vlp.data.index")
         if broken:
@@ -160,6 +164,8 @@ class Shards:
                 continue
             try:
                 check_size(ShardIndex.load(self._paths[shard], shard=shard), self._paths[shard])
+            except storage.OutageError:
+                raise
             except storage.StorageError as error:
                 raise ValueError(f"shard {shown(shard)!r} cannot be read: {error}.") from error
 
@@ -259,12 +265,14 @@ class ClipReader:
         texts: TextChoice | None = None,
         index_dir: str | None = None,
         cache: ShardCache | None = None,
+        outage_s: float = OUTAGE_S,
     ) -> None:
         """Open every index once. Raises IndexFileError and StorageError, which name the shard and the remedy.
 
-        Remote shards need `index_dir`, where their indexes are, and may be kept on this machine by `cache`.
+        Remote shards need `index_dir`, where their indexes are, and may be kept on this machine by `cache`. Who reads
+        samples waits `outage_s` for storage that gives no answer.
         """
-        self.index_dir, self.cache = index_dir, cache
+        self.index_dir, self.cache, self.outage_s = index_dir, cache, outage_s
         self.texts = texts if texts is not None and train else OneCaption()
         self._ahead: list[int] = []
         self.clips, self.seed, self.source, self.train = clips, seed, source, train
@@ -296,12 +304,23 @@ class ClipReader:
         """Return a sample; a tombstone if anything is wrong with it, or if `sample_id` is PADDING.
 
         `loaded` is called when all its bytes are there, before any of them is looked into.
+
+        Raises OutageError where its storage gives no answer: nothing is known of the sample then.
         """
         if sample_id == PADDING:
             return self.tombstone(sample_id, epoch, Reason.PADDING)
         try:
             return self._read(sample_id, sample_key(self.seed, epoch, self.source, sample_id), loaded)
+        except MemoryError:
+            if not sandbox.is_capped():
+                raise  # the machine has none left
+            detail = "it takes more memory than data.worker_memory_gib allows"
+            return self.tombstone(sample_id, epoch, Reason.LIMIT_EXCEEDED, detail)
         except SampleError as error:
+            shard = self.shards[self._place(sample_id)[0]]
+            if error.reason == Reason.READ_FAILED and not is_remote(shard) and storage.is_unmounted(shard):
+                folder = os.path.dirname(storage.local_path(shard)) or "."
+                raise storage.OutageError(error.detail, place=folder, what="the folder is gone or empty") from error
             return self.tombstone(sample_id, epoch, error.reason, error.detail)
 
     def fetch_ahead(self, shards: list[int]) -> None:
@@ -357,16 +376,23 @@ class ClipReader:
                 return
 
     def sizes(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Return how much of a batch each sample [N] fills: its frames first, then its longest caption, [N] int64."""
+        """Return how much of a batch each sample [N] fills: its frames first, then its longest caption, [N] int64.
+
+        Raises OutageError where an index gives no answer.
+        """
         shards = np.searchsorted(self._ends, sample_ids, side="right")
         sizes = np.zeros(len(sample_ids), dtype=np.int64)
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
             rows = sample_ids[here] - self._ends[shard] + self._by_reason[shard].sum()
-            with suppress(IndexFileError, storage.StorageError):  # gone since: `read` says so, sample by sample
+            try:
                 index = _index(self.shards[shard], self.index_dir)
-                chars = index.columns["num_caption_chars"][rows].clip(min=0)  # -1 where a quick index does not know
-                sizes[here] = (self._num_frames(index, rows) << 32) + chars
+            except storage.OutageError:
+                raise  # another order would follow from other sizes
+            except (IndexFileError, storage.StorageError):
+                continue  # gone since: `read` says so, sample by sample
+            chars = index.columns["num_caption_chars"][rows].clip(min=0)  # -1 where a quick index does not know
+            sizes[here] = (self._num_frames(index, rows) << 32) + chars
         return sizes
 
     def captions(self, max_samples: int) -> Iterator[str]:
@@ -394,6 +420,8 @@ class ClipReader:
                 video, np.concatenate(times_s), short_side=self.clips.short_side, key_frames=facts.key_frames
             )
         except DecodeError as error:
+            if isinstance(error.__cause__, MemoryError):  # as the codecs' library says it
+                raise error.__cause__ from error
             raise SampleError(error.reason, *where, error.detail) from error
         decode_s = time.perf_counter() - began
         index.note(row, "video", video, facts)
@@ -438,6 +466,8 @@ class ClipReader:
         shard, row = self._place(sample_id)
         try:
             return _index(self.shards[shard], self.index_dir), row
+        except storage.OutageError:
+            raise
         except (IndexFileError, storage.StorageError) as error:  # it was there when the run began
             raise SampleError(Reason.READ_FAILED, f"sample {row}", shown(self.shards[shard]), str(error)) from error
 
@@ -446,6 +476,8 @@ class ClipReader:
         for number, shard in enumerate(self.shards):
             try:
                 index = open_index(shard, index_dir=self.index_dir)
+            except storage.OutageError:
+                raise
             except (IndexFileError, storage.StorageError) as error:
                 broken.append(str(error))  # name all of them: who repairs one wants to know of the others
                 continue

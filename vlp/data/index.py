@@ -130,6 +130,7 @@ class ShardIndex:
 
         Raises:
             IndexFileError: the file is missing, damaged, of another version, or points outside its shard.
+        OutageError: the file system gives no answer.
         """
         shard = shard or os.path.splitext(path)[0] + ".tar"
         try:
@@ -137,6 +138,8 @@ class ShardIndex:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             info, columns = parse(memoryview(data))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, OSError) and isinstance(found := storage.failure(path, error), storage.OutageError):
+                raise found from error
             reason = error.strerror if isinstance(error, OSError) else error
             raise IndexFileError(f"{path}: {reason}; {_remedy(shard, path)}") from error
         seen = FirstReads(seen_path(path), count=info.count) if info.headers_only else None
@@ -222,7 +225,8 @@ def read_part(index: ShardIndex, row: int, name: str, *, cache: Cache | None = N
     Wrong bytes of a cached shard are dropped, wrong bytes from remote storage are asked for once more.
 
     Raises:
-        SampleError: the sample has no such part, storage gave up, or the bytes are not those that were indexed.
+        SampleError: the sample has no such part, storage refused it, or the bytes are not those that were indexed.
+        OutageError: the storage gives no answer.
     """
     part, shard = index.part(row, name), shown(index.shard)
     if part is None:
@@ -232,6 +236,8 @@ def read_part(index: ShardIndex, row: int, name: str, *, cache: Cache | None = N
         for data in _attempts(index, part, cache):
             if index.crc32(row, name) in (None, zlib.crc32(data)):
                 return data
+    except storage.OutageError:
+        raise
     except storage.StorageError as error:
         raise SampleError(Reason.READ_FAILED, index.key(row), shard, str(error)) from error
     raise SampleError(Reason.CHECKSUM, index.key(row), shard, f"{name} part at byte {part.offset}")

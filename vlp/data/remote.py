@@ -1,7 +1,8 @@
 """Ranges of http(s) and s3 objects, asked for until they are whole or their time is over. The only user of fsspec.
 
     read(url, offset, size) --> attempt: GET with a range --> status, range and length checked --> bytes
-                                   |  429, 5xx, reset, timeout, short body: wait with jitter, try again
+                                   |  429, 5xx, reset, timeout, short body: wait with jitter, try again;
+                                   |  for too long: UnansweredError, and RemoteError if it is only the body that fails
                                    '--> 403, 404, no ranges, another length than asked for: RemoteError at once
 
 Nothing larger than what was asked for is ever held, whatever a server sends. Secrets in a URL are never shown.
@@ -34,6 +35,7 @@ _WORDS = {
     416: "the range is outside the object",
 }
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})")
+_BODY = re.compile("Payload|Incomplete|ResponseStreaming")  # names: the object broke off, and the server is there
 _FINAL = re.compile("Certificate|InvalidU|NonHttpU|TooManyRedirects|ParamValidation|InvalidRegion|NoRegion")  # names
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -57,12 +59,24 @@ class RemoteError(Exception):
     """An object cannot be read; the message says what happened and how often it was tried, and names no URL."""
 
 
+class UnansweredError(RemoteError):
+    """The server gave no answer, or none but "later", until the time of a read was over; `what` it said last."""
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
 class _RefusedError(Exception):
     """Another attempt would end the same way."""
 
 
 class _TransientError(Exception):
     """Another attempt may succeed."""
+
+
+class _BodyError(_TransientError):
+    """The server answered, with something else than the bytes asked for."""
 
 
 class _Answer(NamedTuple):
@@ -93,6 +107,11 @@ def shown(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
+def place(url: str) -> str:
+    """Return the storage of an object as it may stand in logs: scheme and host or bucket."""
+    return "/".join(shown(url).split("/", 3)[:3])
+
+
 def check(url: str) -> None:
     """Raise ValueError unless a URL names a host or bucket and an object in it."""
     try:
@@ -108,7 +127,8 @@ def read(url: str, offset: int, size: int) -> bytes:
     """Return exactly `size` bytes from `offset` on.
 
     Raises:
-        RemoteError: refused, not there, outside the object, or still failing when the time was over.
+        UnansweredError: no answer when the time was over.
+        RemoteError: refused, not there, outside the object, or still not whole when the time was over.
     """
     if offset < 0 or not 0 <= size <= MAX_READ:
         raise RemoteError(f"bytes {offset} to {offset + size}; at most {MAX_READ} bytes are read at once")
@@ -144,7 +164,7 @@ def _retrying(url: str, attempt: Callable[[Any, _Opener], Awaitable[_T]], *, ext
     file_system, opener = _file_system(scheme), _s3 if scheme == "s3" else _http
     start_s = time.monotonic()
     deadline = start_s + RETRY.budget_s + extra_s
-    what = "timed out"
+    what, has_answered = "timed out", False
     for number in itertools.count(1):
         try:
             left_s = max(0.1, deadline - time.monotonic())
@@ -156,13 +176,19 @@ def _retrying(url: str, attempt: Callable[[Any, _Opener], Awaitable[_T]], *, ext
             failure = error
         if number == 1 or left_s > RETRY.idle_s or not isinstance(failure, TimeoutError):  # else our own deadline
             # Outside the handler: no traceback shows the errors of the library, which hold the URL.
-            what = _described(failure)
+            what, has_answered = _described(failure), _has_answered(failure)
         wait_s = _chance.uniform(0.5, 1) * min(RETRY.max_wait_s, RETRY.first_wait_s * 2 ** min(number - 1, 30))
         if time.monotonic() + wait_s >= deadline:
-            raise RemoteError(f"{what}; tried {number} times in {time.monotonic() - start_s:.1f} s")
-        _log.warning("%s: %s; attempt %d follows in %.1f s", shown(url), what, number + 1, wait_s)
+            message = f"{what}; tried {number} times in {time.monotonic() - start_s:.1f} s"
+            raise RemoteError(message) if has_answered else UnansweredError(message, what)
+        _log.info("%s: %s; attempt %d follows in %.1f s", shown(url), what, number + 1, wait_s)
         time.sleep(wait_s)
     raise AssertionError("the loop has no end")
+
+
+def _has_answered(error: Exception) -> bool:
+    """Tell an object that never comes whole from a server that is away."""
+    return isinstance(error, _BodyError) or _BODY.search(type(error).__name__) is not None
 
 
 def _described(error: Exception) -> str:
@@ -194,7 +220,7 @@ async def _body(answer: _Answer, offset: int, size: int) -> bytes:
         if len(data) >= skip + size:
             break
     if len(data) < skip + size:
-        raise _TransientError(f"short: {max(0, len(data) - skip)} of {size} bytes came")
+        raise _BodyError(f"short: {max(0, len(data) - skip)} of {size} bytes came")
     return bytes(data) if len(data) == size else bytes(memoryview(data)[skip : skip + size])
 
 
@@ -205,7 +231,7 @@ def _check_range(answer: _Answer, offset: int, size: int) -> int:
         raise _RefusedError(f"bytes {offset} to {offset + size} are not inside its {total} bytes")
     if answer.status == 206:
         if not answer.content_range.startswith(f"bytes {offset}-{offset + size - 1}/"):
-            raise _TransientError(f"the server sent {answer.content_range!r:.80} and not bytes {offset}-")
+            raise _BodyError(f"the server sent {answer.content_range!r:.80} and not bytes {offset}-")
         return 0
     if offset + size > MAX_UNRANGED:
         raise _RefusedError(

@@ -94,7 +94,23 @@ class Track(NamedTuple):
     rgb: np.ndarray
 
 
-def scene(seed: int, index: int, split: str, *, duration_s: float = DURATION_S) -> Scene:
+class Palette(NamedTuple):
+    """How much things differ in looks: the first of the shapes and of the colours. The fewer, the more time decides."""
+
+    num_shapes: int = len(SHAPES)
+    num_colours: int = len(COLOURS)
+
+    def check(self) -> None:
+        """Raise ValueError unless two objects, and what they turn into, can look different."""
+        for name, least, most in (("num_shapes", 2, len(SHAPES)), ("num_colours", 4, len(COLOURS))):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} to {most}.")
+
+
+FULL = Palette()
+
+
+def scene(seed: int, index: int, split: str, *, duration_s: float = DURATION_S, palette: Palette = FULL) -> Scene:
     """Return scene number `index` of a split: "train" never shows a held-out combination, each "test" scene does.
 
     Raises ValueError for another split.
@@ -105,7 +121,7 @@ def scene(seed: int, index: int, split: str, *, duration_s: float = DURATION_S) 
     rng = generator(key, "scene")
     story = str(rng.choice([name for name, _ in _STORIES], p=[share for _, share in _STORIES]))
     while True:  # the kind of story is drawn once, so that refusals do not change the mixture
-        drawn = _draw(story, rng, Scene(key, duration_s, (), ()))
+        drawn = _draw(story, rng, Scene(key, duration_s, (), ()), palette)
         if is_held_out(drawn) == (split == "test") and _is_possible(drawn) and next(negatives(drawn), None):
             break
     return _place(_in_time(drawn, rng), rng)
@@ -138,12 +154,12 @@ def tracks(scene: Scene, num_frames: int) -> list[Track]:
     return [_track(scene, number, times) for number in range(len(scene.objects))]
 
 
-def _draw(story: str, rng: np.random.Generator, empty: Scene) -> Scene:
+def _draw(story: str, rng: np.random.Generator, empty: Scene, palette: Palette) -> Scene:
     """Draw objects and kinds of events, without regard to what is possible."""
     num_objects = 2 if story in ("in_turn", "beside") else 1
     num_events = 2 if story in ("in_turn", "twice") else 1
-    shapes = rng.choice(SHAPES, num_objects, replace=False)
-    colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
+    shapes = rng.choice(SHAPES[: palette.num_shapes], num_objects, replace=False)
+    colours = [str(colour) for colour in rng.permutation(list(COLOURS)[: palette.num_colours])]
     kinds = [str(kind) for kind in rng.choice(_SHARED if num_events == 2 else _ALONE, num_events)]
     if story == "twice":  # "stop" and "wait" need a move of the same object
         kinds = [str(rng.choice((*_SHARED, "wait"))), str(rng.choice((*_SHARED, "stop")))]

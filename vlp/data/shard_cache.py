@@ -216,6 +216,8 @@ class Fetcher:
         try:
             if self._cache.fetch(index) and (file := _locked(path, fcntl.LOCK_SH)) is not None:
                 self._held[path] = file
+        except storage.OutageError as error:  # tried again: whoever needs the shard waits for storage too
+            _log.info("a shard is not cached yet: %s", error)
         except (storage.StorageError, OSError) as error:
             self._failed.add(path)
             _log.warning("a shard is not cached and is read by range: %s", error)

@@ -3,6 +3,7 @@
 Local files are read here, http(s):// and s3:// objects by `vlp.data.remote`; any other scheme is refused.
 """
 
+import errno
 import fcntl
 import itertools
 import logging
@@ -18,7 +19,7 @@ from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from vlp.data import remote
-from vlp.data.remote import RemoteError, is_remote, shown
+from vlp.data.remote import RemoteError, UnansweredError, is_remote, shown
 
 MAX_EXPANSION = 1_000_000  # URLs that one pattern may stand for
 _MAX_OPEN = 256  # descriptors kept open in a process; far below the usual limit of 1,024
@@ -28,8 +29,23 @@ _log = logging.getLogger(__name__)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 
 
+# What a network file system says when its server is away. EIO is not among them: a bad sector says it too, for ever.
+_NO_ANSWER = {
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNREFUSED, errno.ECONNRESET),
+    *(errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO),
+}
+
+
 class StorageError(Exception):
     """Bytes could not be read; the message names the URL."""
+
+
+class OutageError(StorageError):
+    """Storage gave no answer, or none but "later"; it may come back."""
+
+    def __init__(self, message: str, *, place: str = "", what: str = "") -> None:
+        super().__init__(message)
+        self.place, self.what = place, what  # which storage, as it may be shown, and what an attempt met
 
 
 class _LocalFile:
@@ -62,7 +78,8 @@ def read(url: str, offset: int, size: int) -> bytes:
     """Return exactly `size` bytes from `offset` on.
 
     Raises:
-        StorageError: the file cannot be opened or read, or does not hold that range; remote objects after retries.
+        OutageError: the storage gives no answer; of a remote object, after retries.
+        StorageError: the file cannot be opened or read, or does not hold that range.
         ValueError: the scheme of the URL is not allowed.
     """
     if is_remote(url):
@@ -73,13 +90,14 @@ def read(url: str, offset: int, size: int) -> bytes:
             raise StorageError(f"{url}: bytes {offset} to {offset + size} are not inside its {file.size} bytes")
         return file.read(offset, size)
     except OSError as error:
-        raise StorageError(f"{url}: {error.strerror or error}") from error
+        raise failure(url, error) from error
 
 
 def size(url: str) -> int:
     """Return the size in bytes as it is now, also where the file has been replaced since it was opened.
 
     Raises:
+        OutageError: the storage gives no answer; of a remote object, after retries.
         StorageError: there is no such regular file or object.
         ValueError: the scheme of the URL is not allowed.
     """
@@ -89,10 +107,29 @@ def size(url: str) -> int:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise StorageError(f"{url}: {error.strerror or error}") from error
+        raise failure(url, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise StorageError(f"{url}: not a regular file")
     return status.st_size
+
+
+def failure(path: str, error: OSError) -> StorageError:
+    """Return what an error of the operating system means for a file: gone for good, or no answer for now."""
+    what = error.strerror or str(error)
+    if error.errno not in _NO_ANSWER:
+        return StorageError(f"{path}: {what}")
+    _open.cache_clear()  # what is open stays stale when the server is back
+    return OutageError(f"{path}: {what}", place=os.path.dirname(path) or ".", what=what)
+
+
+def is_unmounted(url: str) -> bool:
+    """Return whether the folder of a local file is gone or empty, as the place of a mount that is away."""
+    try:
+        return not os.listdir(os.path.dirname(local_path(url)) or ".")
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def forget(url: str) -> None:
@@ -208,6 +245,8 @@ def _from_remote(function: Callable[..., _T], url: str, *arguments: int) -> _T:
     remote.check(url)
     try:
         return function(url, *arguments)
+    except UnansweredError as error:
+        raise OutageError(f"{shown(url)}: {error}", place=remote.place(url), what=error.what) from None
     except RemoteError as error:
         raise StorageError(f"{shown(url)}: {error}") from None
 

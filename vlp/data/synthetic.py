@@ -21,7 +21,7 @@ from vlp.data import storage
 from vlp.data.columns import IndexFileError
 from vlp.data.index import ShardIndex, check_shard, fingerprint, index_url
 from vlp.data.render import check_shape, encode_h264, grey, render
-from vlp.data.scene import Scene, scene
+from vlp.data.scene import FULL, Palette, Scene, scene
 from vlp.data.shards import Raw, write_shards
 from vlp.data.soundtrack import soundtrack
 from vlp.data.wording import captions, choices, hard_negative, phrases, questions
@@ -56,6 +56,8 @@ class World:
         clips_per_shard: small, so that there are shards for every lane of the plan.
         shows: "video"; "audio" gives the clips a sound, see `vlp.data.soundtrack`; "depth" and "thermal" make them
             grey, which stands for what such cameras see.
+        num_shapes: of 7; with fewer shapes and colours more clips look alike and differ only in what happens.
+        num_colours: of 8.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class World:
         fps: float = 12.0,
         clips_per_shard: int = 100,
         shows: str = "video",
+        num_shapes: int = FULL.num_shapes,
+        num_colours: int = FULL.num_colours,
     ) -> None:
         for name, value in {"num_train": num_train, "num_test": num_test, "clips_per_shard": clips_per_shard}.items():
             if value < 1:
@@ -79,6 +83,8 @@ class World:
         check_shape(size=size, num_frames=num_frames)
         if shows not in SHOWN:
             raise ValueError(f"shows={shows!r} is not known; use one of {', '.join(SHOWN)}.")
+        self.palette = Palette(num_shapes, num_colours)
+        self.palette.check()
         self.num_clips = {"train": num_train, "test": num_test}
         self.seed, self.size, self.num_frames, self.fps = seed, size, num_frames, fps
         self.clips_per_shard, self.shows = clips_per_shard, shows
@@ -122,6 +128,7 @@ class World:
     def _parameters(self) -> dict[str, Any]:
         shape = {"size": self.size, "num_frames": self.num_frames, "fps": self.fps}
         other = {} if self.shows == "video" else {"shows": self.shows}
+        other |= {} if self.palette == FULL else self.palette._asdict()
         return {
             "version": _VERSION,
             "seed": self.seed,
@@ -167,7 +174,7 @@ class World:
         write_shards(samples, self.directory, prefix=prefix, max_samples_per_shard=shard.num_clips)
 
     def _sample(self, split: str, index: int) -> Raw:
-        clip = scene(self.seed, index, split, duration_s=self.num_frames / self.fps)
+        clip = scene(self.seed, index, split, duration_s=self.num_frames / self.fps, palette=self.palette)
         frames = render(clip, size=self.size, num_frames=self.num_frames)
         sound = soundtrack(clip) if self.shows == "audio" else None
         video = encode_h264(grey(frames) if self.shows in GREY else frames, fps=self.fps, sound=sound)

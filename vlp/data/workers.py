@@ -2,6 +2,7 @@
 
 A job is an integer, its result a pure function of it. So a worker that is killed or hangs is replaced and its jobs are
 given again: the stream of results does not change. A sample that takes its worker down twice is left out of its job.
+One whose bytes are not there is not to blame: it waits for storage, as long as `outage_s`, and the trainer is told.
 
     trainer --job--> pipe --> worker, result to a slot of shared memory --its place--> pipe --> trainer, a copy of it
 
@@ -24,6 +25,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +33,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vlp.data.outage import OUTAGE_S, Announcer, Outage, Waiting
+from vlp.data.sandbox import Sandbox
+from vlp.data.storage import OutageError
 from vlp.types import Reason
 
 log = logging.getLogger(__name__)
@@ -52,15 +57,17 @@ class Workers(NamedTuple):
     prefetch: int = 2  # jobs in flight for each worker
     stall_s: float = 30.0  # a worker that reads at one sample for so long hangs
     decode_s: float = DECODE_S  # and one that has read it, and does not come to the next for so long
+    outage_s: float = OUTAGE_S  # storage may give no answer for so long
     max_restarts: int = 5  # within an hour; restarts that one sample explains are not counted
     start_method: str | None = None  # "fork", "spawn" or "forkserver"; None = the default of the platform
+    sandbox: Sandbox = Sandbox()  # what the processes may do
     pin_memory: bool = False  # copy large tensors into page-locked memory, from where a GPU takes them faster
 
 
 class Begin(Protocol):
-    """Says that sample `number` of a job begins; then, with `loaded`, that all its bytes are there."""
+    """Says that sample `number` of a job begins; that it waits for storage; then, with `loaded`, that it is there."""
 
-    def __call__(self, number: int, *, loaded: bool = False) -> None: ...
+    def __call__(self, number: int, *, loaded: bool = False, outage: Outage | None = None) -> None: ...
 
 
 class Work(Protocol):
@@ -79,29 +86,41 @@ class WorkerError(RuntimeError):
     """Workers died or hung too often; or the cause, in a worker, of an error raised here."""
 
 
-def ordered(work: Work, jobs: Iterable[int], workers: Workers) -> Generator[Any, None, None]:
+def ordered(
+    work: Work, jobs: Iterable[int], workers: Workers, waiting: Waiting | None = None
+) -> Generator[Any, None, None]:
     """Yield `work(job)` for each job, in order. Close the generator, or exhaust it, to end the processes.
 
-    Raises WorkerError after more than `max_restarts` unexplained restarts in an hour, and whatever `work` raises.
+    `waiting` is called in this thread while a result is waited for; without workers, only while storage is away.
+
+    Raises WorkerError after more than `max_restarts` unexplained restarts in an hour, OutageError where the bytes of a
+    sample do not come within `outage_s`, and whatever `work` and `waiting` raise.
     """
+    waiting = waiting or Announcer()
     if workers.num_workers == 0:
         for job in jobs:
             buffer = torch.empty(work.buffer_bytes, dtype=torch.uint8)
-            yield work(job, begin=_unseen, skip={}, buffer=buffer)
+            yield work(job, begin=_Unseen(waiting), skip={}, buffer=buffer)
         return
-    pool = _Pool(work, workers)
+    pool = _Pool(work, workers, waiting)
     try:
         yield from pool.results(iter(jobs))
     finally:
         pool.close()
 
 
-def _unseen(number: int, *, loaded: bool = False) -> None:
-    """Nobody watches."""
+class _Unseen(NamedTuple):
+    """Nobody watches, and nobody else can tell of an outage."""
+
+    waiting: Waiting
+
+    def __call__(self, number: int, *, loaded: bool = False, outage: Outage | None = None) -> None:
+        if outage is not None:
+            self.waiting(outage)
 
 
 class _LostError(Exception):
-    """A worker is gone (DECODE_CRASH) or hangs (DECODE_TIMEOUT)."""
+    """A worker is gone (DECODE_CRASH) or hangs (DECODE_TIMEOUT; READ_FAILED where no bytes have come yet)."""
 
     def __init__(self, reason: Reason, how: str) -> None:
         super().__init__(reason, how)
@@ -114,6 +133,12 @@ class _Failed(NamedTuple):
     kind: type[Exception]
     message: str
     traceback: str
+
+
+class _Shortcoming(NamedTuple):
+    """What of its sandbox a worker does not have on this machine."""
+
+    text: str
 
 
 class _Placed(NamedTuple):
@@ -133,8 +158,10 @@ class _Task(NamedTuple):
 class _Worker:
     """One process, its pipe and memory, and the tasks whose results have not been taken yet."""
 
-    def __init__(self, work: Work, workers: Workers) -> None:
-        self._work, self._settings = work, workers
+    def __init__(self, work: Work, workers: Workers, waiting: Waiting) -> None:
+        self._work, self._settings, self._waiting = work, workers, waiting
+        self._outage: Outage | None = None  # that it told of last
+        self.silence: tuple[tuple[int, int], float] | None = None  # a sample that no read brings, and since when
         self._context: Any = multiprocessing.get_context(workers.start_method)
         # Behind the buffer there is room for text and masks, which are far smaller than frames.
         self._slot_bytes = _aligned(work.buffer_bytes + max(1 << 20, work.buffer_bytes // 8))
@@ -145,10 +172,12 @@ class _Worker:
 
     def start(self, skips: Mapping[int, dict[int, Reason]]) -> None:
         """Start the process and give it the pending tasks."""
-        # What the worker is at: signs of life (0 = starting), job and number in it of the last sample, is it loaded.
-        self.beat = self._context.RawArray("q", [0, -1, -1, 0])
+        # What the worker is at: signs of life (0 = starting), job and number in it of the last sample, is it loaded,
+        # does it wait for storage.
+        self.beat = self._context.RawArray("q", [0, -1, -1, 0, 0])
         self._connection, theirs = self._context.Pipe()
-        arguments = (self._work, theirs, self._memory, self._slot_bytes, self.beat, os.getpid())
+        slots = (self._memory, self._slot_bytes)
+        arguments = (self._work, theirs, slots, self.beat, os.getpid(), self._settings.sandbox)
         self._process = self._context.Process(target=_run, args=arguments, daemon=True)
         with _signals_held():
             self._process.start()
@@ -166,6 +195,7 @@ class _Worker:
     def take(self) -> Any:
         """Wait for the result of the oldest job and copy it. Raises _LostError."""
         result = self._receive()
+        self.silence = None
         slot = self.pending.popleft().slot
         memory = torch.frombuffer(self._memory, dtype=torch.uint8)[slot * self._slot_bytes :][: self._slot_bytes]
         result = _map(result, _Placed, lambda placed: _copy(placed, memory, self._settings.pin_memory))
@@ -173,21 +203,43 @@ class _Worker:
         return result
 
     def _receive(self) -> Any:
+        while True:
+            self._wait()
+            try:
+                received = self._connection.recv()
+            except (EOFError, OSError) as error:
+                self._process.join(1)
+                raise _LostError(Reason.DECODE_CRASH, f"died (exit code {self._process.exitcode})") from error
+            if isinstance(received, Outage):
+                self._outage = received
+                self._waiting(self._known_outage())
+            elif isinstance(received, _Shortcoming):
+                _say_once(received.text)
+            else:
+                return received
+
+    def _wait(self) -> None:
+        """Wait until the worker sends something."""
         seen, since = self.beat[0], time.monotonic()
         while not self._connection.poll(min(1.0, self._limit_s())):
             if seen != self.beat[0]:
                 seen, since = self.beat[0], time.monotonic()
             elif time.monotonic() - since > self._limit_s():
-                raise _LostError(Reason.DECODE_TIMEOUT, f"hung for {time.monotonic() - since:.0f} s")
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(1)
-            raise _LostError(Reason.DECODE_CRASH, f"died (exit code {self._process.exitcode})") from error
+                reason = Reason.DECODE_TIMEOUT if self.beat[3] or not self.beat[0] else Reason.READ_FAILED
+                raise _LostError(reason, f"hung for {time.monotonic() - since:.0f} s")
+            self._waiting(self._known_outage())
+
+    def _known_outage(self) -> Outage | None:
+        """Return the outage that the worker tells of, or that it cannot tell of because a read does not return."""
+        if self.beat[4]:
+            return self._outage
+        if self.silence is not None and self.silence[0] == (self.beat[1], self.beat[2]) and not self.beat[3]:
+            return Outage("local storage", "a read does not return", self.silence[1], self._settings.outage_s)
+        return None
 
     def _limit_s(self) -> float:
         """Return how long the worker may show no sign of life."""
-        started, *_, loaded = self.beat
+        started, _, _, loaded, _ = self.beat
         if loaded:  # no storage can be slow now
             return self._settings.decode_s
         return self._settings.stall_s * (1 if started else _START_FACTOR)
@@ -198,12 +250,12 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, work: Work, workers: Workers) -> None:
+    def __init__(self, work: Work, workers: Workers, waiting: Waiting) -> None:
         self._settings = workers
         self._skips: dict[int, dict[int, Reason]] = {}
         self._suspects: set[tuple[int, int]] = set()
         self._restarts: list[float] = []
-        self._workers = [_Worker(work, workers) for _ in range(workers.num_workers)]
+        self._workers = [_Worker(work, workers, waiting) for _ in range(workers.num_workers)]
 
     def results(self, jobs: Iterator[int]) -> Iterator[Any]:
         """Deal jobs and take results in the same round, so that no order has to be remembered."""
@@ -233,7 +285,11 @@ class _Pool:
 
     def _restart(self, worker: _Worker, lost: _LostError) -> None:
         worker.kill()
-        _, job, number, _ = worker.beat
+        _, job, number, _, _ = worker.beat
+        if lost.reason == Reason.READ_FAILED:
+            self._blame_storage(worker, lost)
+            worker.start(self._skips)
+            return
         skip = self._skips.setdefault(job, {})
         if (job, number) in self._suspects and number not in skip:
             skip[number] = lost.reason
@@ -252,30 +308,50 @@ class _Pool:
         log.warning("%s; its jobs are given to a new one%s", what, ", without that sample" * bool(skip))
         worker.start(self._skips)
 
+    def _blame_storage(self, worker: _Worker, lost: _LostError) -> None:
+        """Let a read that does not return be tried by a new worker until the time of an outage is over."""
+        _, job, number, _, _ = worker.beat
+        now, at = time.monotonic(), (job, number)
+        if worker.silence is None or worker.silence[0] != at:
+            worker.silence = (at, now - self._settings.stall_s)
+        for_s = now - worker.silence[1]
+        if for_s >= self._settings.outage_s:
+            limit = f"allowed are data.outage_s={self._settings.outage_s:g}"
+            raise OutageError(f"local storage gave no answer (a read does not return) for {for_s:.0f} s, {limit}")
+        what = f"a loader worker {lost.how} at job {job}, sample {number}, before its bytes were there"
+        log.warning("%s; its jobs are given to a new one", what)
 
-def _run(work: Work, connection: Connection, memory: Any, slot_bytes: int, beat: Any, parent: int) -> None:
+
+def _run(work: Work, connection: Connection, memory: tuple[Any, int], beat: Any, parent: int, sandbox: Sandbox) -> None:
     """Work until killed: the main function of a worker."""
     torch.set_num_threads(1)  # one process a core; a decoder and its threads would fight for it
+    if missing := sandbox.enter():
+        connection.send(_Shortcoming(missing))
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    slots = torch.frombuffer(memory, dtype=torch.uint8).split(slot_bytes)
+    slots = torch.frombuffer(memory[0], dtype=torch.uint8).split(memory[1])
     with suppress(EOFError, ConnectionError):  # the trainer is gone
         while True:
             task, skip = connection.recv()
-            connection.send(_result(work, task, skip, slots[task.slot], beat))
+            connection.send(_result(work, task, skip, slots[task.slot], beat, connection.send))
 
 
-def _result(work: Work, task: _Task, skip: Mapping[int, Reason], slot: Tensor, beat: Any) -> Any:
-    def begin(number: int, *, loaded: bool = False) -> None:
-        beat[1], beat[2], beat[3] = task.job, number, loaded
+def _result(
+    work: Work, task: _Task, skip: Mapping[int, Reason], slot: Tensor, beat: Any, tell: Callable[[Outage], None]
+) -> Any:
+    def begin(number: int, *, loaded: bool = False, outage: Outage | None = None) -> None:
+        if outage is not None:
+            tell(outage)
+        beat[1], beat[2], beat[3], beat[4] = task.job, number, loaded, outage is not None
         beat[0] += 1
 
-    beat[3] = False  # before its first sample, a job may ask storage for indexes
+    beat[3] = beat[4] = False  # before its first sample, a job may ask storage for indexes
     try:
         result = work(task.job, begin=begin, skip=skip, buffer=slot[: work.buffer_bytes])
         return _map(result, Tensor, _Packer(slot, buffer_bytes=work.buffer_bytes))
     except Exception as error:  # raised again by the trainer; a kind of its own could not always be sent
-        if isinstance(error, ValueError):
-            return _Failed(ValueError, str(error), traceback.format_exc())
+        for kind in (ValueError, OutageError):
+            if isinstance(error, kind):
+                return _Failed(kind, str(error), traceback.format_exc())
         return _Failed(RuntimeError, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
@@ -297,6 +373,11 @@ class _Packer:
         _view(placed, self._slot).copy_(tensor)
         self._used = _aligned(placed.offset + tensor.nbytes)
         return placed
+
+
+@cache
+def _say_once(shortcoming: str) -> None:
+    log.warning("loader workers have no full sandbox; %s", shortcoming)
 
 
 def _aligned(num_bytes: int) -> int:

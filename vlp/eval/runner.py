@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.distributed as torch_dist
@@ -31,6 +31,10 @@ Scorer = Callable[[Tokens], Tensor]  # fused tokens [B, L, D] -> logit [B] that 
 
 class StoppedError(Exception):
     """A rank wished to stop; the evaluation left nothing behind."""
+
+
+class StorageLostError(StoppedError):
+    """A rank got no more clips, because their storage was away for too long; the same message on all ranks."""
 
 
 class EvalData(NamedTuple):
@@ -107,7 +111,7 @@ def evaluate(
 
     Raises:
         ValueError: the ranks' batches are not each clip of the split once, or a text is not its clip's first caption.
-        StoppedError: on all ranks, when one of them wishes to stop.
+        StoppedError: on all ranks, when one of them wishes to stop; StorageLostError, when one gets no more clips.
     """
     data = data._replace(meta=cache(data.meta))
     pictures, seen = strips.Strips(), []
@@ -136,6 +140,21 @@ def evaluate(
         for name, found in files.items():
             scores.write(out_dir.parent / "scores" / f"step-{step:06d}.{data.source}.{name}.json", found)
     return everyone(result)[0]
+
+
+def keep_up(is_stopping: Callable[[], Any], device: torch.device | str) -> None:
+    """Meet the other ranks while this one waits for its next batch; to be called about once a second.
+
+    Raises:
+        StoppedError, StorageLostError: as `evaluate`.
+    """
+    _meet(_State(is_left=True, is_waiting=True), is_stopping, device)
+
+
+def give_up(loss: str, device: torch.device | str) -> NoReturn:
+    """Tell the other ranks that this one gets no more batches, and why; all of them raise StorageLostError."""
+    _meet(_State(is_lost=True), lambda: None, device, loss=loss)
+    raise AssertionError("the meeting raises")
 
 
 def flat_scores(result: dict) -> dict[str, float]:
@@ -196,20 +215,38 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _in_step(data: EvalData, device: torch.device | str) -> Iterator[Batch]:
     """Yield this rank's batches, all of data.batch_size, and empty ones while another rank still has some.
 
-    A forward pass starts collectives where parameters are sharded, so all ranks must make the same number of them.
+    A forward pass starts collectives where parameters are sharded, so all ranks must make the same number of them. They
+    begin none before each of them has its batch: those that wait for storage keep up, and nothing times out.
     """
-    batches = iter(data.batches())
-    batch = next(batches, None)
-    empty = _empty_like_first(batch, data)
+    batches, empty = iter(data.batches()), None
     while True:
-        state = torch.tensor([batch is not None, bool(data.is_stopping())], dtype=torch.long, device=device)
-        is_left, is_stopping = dist.max_over_ranks(state).tolist()
-        if is_stopping:
-            raise StoppedError
-        if not is_left:
+        batch = next(batches, None)
+        while (state := _meet(_State(is_left=batch is not None), data.is_stopping, device)).is_waiting:
+            pass
+        empty = empty or _empty_like_first(batch, data)
+        if not state.is_left:
             return
         yield _filled(empty if batch is None else batch, data.batch_size)
-        batch = next(batches, None)
+
+
+class _State(NamedTuple):
+    """What a rank says of itself before a batch; of all ranks, whether one of them says so."""
+
+    is_left: bool = False  # there is a batch
+    is_waiting: bool = False  # for one that may come
+    is_stopping: bool = False
+    is_lost: bool = False  # there is none because storage was away for too long
+
+
+def _meet(state: _State, is_stopping: Callable[[], Any], device: torch.device | str, *, loss: str = "") -> _State:
+    """Exchange states with all ranks, once. Raises StoppedError and StorageLostError on all of them."""
+    mine = torch.tensor(state._replace(is_stopping=bool(is_stopping())), dtype=torch.long, device=device)
+    state = _State(*map(bool, dist.max_over_ranks(mine).tolist()))
+    if state.is_lost:
+        raise StorageLostError(dist.first_text(loss, device))
+    if state.is_stopping:
+        raise StoppedError
+    return state
 
 
 def _empty_like_first(batch: Batch | None, data: EvalData) -> Batch:

@@ -31,7 +31,7 @@ def k_medoids(x: Tensor, mask: Tensor, num_medoids: int, *, max_rounds: int = 10
     places, there = _far_apart(x, distance, mask, num_medoids)
     for _ in range(max_rounds):
         moved = _round(distance, mask, places, there)
-        if torch.equal(moved, places):
+        if moved.is_meta or torch.equal(moved, places):  # plan.py traces shapes alone
             break
         places = moved
     order = torch.where(there, places, x.shape[1]).argsort(dim=1)

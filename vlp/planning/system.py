@@ -82,7 +82,7 @@ def _with_kernels(forward: Callable, half: torch.dtype | None, *args: Any, **kwa
 
 
 def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
-    """Return a micro-batch of full clips and full captions; frames on the meta device, all else real."""
+    """Return a micro-batch of full clips and all their texts, full; frames on the meta device, all else real."""
     clip, length = cfg.clip, cfg.tokenizer.max_length
     shape = (num_clips, clip.num_frames)
     text_ids = torch.full((num_clips, length), cfg.tokenizer.eos_id)
@@ -90,9 +90,12 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
     word_ids[:, [0, -1]] = -1
     numbers = torch.arange(num_clips)
     more = (num_clips, clip.more_clips, clip.num_frames)
-    other_clips = {
+    more_ids = text_ids[:, None].repeat(1, config.build(cfg.texts, "texts").num_others, 1)
+    others = {
         "more_frames": torch.zeros((*more, clip.size, clip.width, 3), dtype=torch.uint8, device="meta"),
         "more_frame_mask": torch.ones(more, dtype=torch.bool),
+        "more_ids": more_ids,
+        "more_mask": torch.ones_like(more_ids, dtype=torch.bool),
     }
     return Batch(
         frames=torch.zeros((*shape, clip.size, clip.width, 3), dtype=torch.uint8, device="meta"),
@@ -101,7 +104,7 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
         text_ids=text_ids,
         text_mask=torch.ones_like(text_ids, dtype=torch.bool),
         word_ids=word_ids,
-        **nothing_more(num_clips) | other_clips,
+        **nothing_more(num_clips) | others,
         valid=torch.ones(num_clips, dtype=torch.bool),
         status=torch.zeros(num_clips, dtype=torch.int64),
         sample_id=numbers,

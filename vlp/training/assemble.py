@@ -40,12 +40,13 @@ def assemble(cfg: DictConfig) -> System:
         for name, node in cfg.view.items()
         if node is not None
     }
+    texts = _try(lambda: config.build(cfg.texts, "texts"), messages)
     if messages:
         raise config.ConfigError(messages)
     wirings = {n: {**type(objectives[n]).inputs, **plain(node.get("inputs") or {})} for n, node in nodes.items()}
     graph = Graph(model, fields=Batch._fields, views=views)
     messages = _wiring_errors(wirings, objectives, graph) + _shape_errors(model, wirings, graph)
-    messages += _clip_errors(cfg.clip.more_clips, wirings, graph)
+    messages += _more_errors(cfg.clip.more_clips, texts.num_others, wirings, graph)
     if messages:
         raise config.ConfigError(messages)
     weights = {name: float(node.get("weight", 1.0)) for name, node in nodes.items()}
@@ -99,11 +100,18 @@ def _shape_errors(model: nn.Module, wirings: Mapping[str, Wiring], graph: Graph)
     return list(model.shape_errors(names)) if names else []  # type: ignore[operator]
 
 
-def _clip_errors(more_clips: int, wirings: Mapping[str, Wiring], graph: Graph) -> list[str]:
-    """Refuse objectives over other clips where samples bring none."""
-    if more_clips or "more_frames" not in _names(wirings, graph):
-        return []
-    return ["clip.more_clips: 0 other clips of a sample, but an objective takes some; set it to at least 1."]
+def _more_errors(num_clips: int, num_texts: int, wirings: Mapping[str, Wiring], graph: Graph) -> list[str]:
+    """Refuse objectives over other clips, or other texts, of a sample where samples bring none."""
+    messages, names = [], _names(wirings, graph)
+    if "more_frames" in names and not num_clips:
+        messages.append(
+            "clip.more_clips: 0 other clips of a sample, but an objective takes some; set it to at least 1."
+        )
+    if "more_ids" in names and not num_texts:
+        messages.append(
+            "texts: one text a sample, but an objective takes others; use texts=many_captions, one_of_each or options."
+        )
+    return messages
 
 
 def _names(wirings: Mapping[str, Wiring], graph: Graph) -> set[str]:

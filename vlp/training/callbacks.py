@@ -11,9 +11,10 @@ import torch
 from tqdm import tqdm
 
 from vlp import dist
-from vlp.eval.runner import StoppedError
+from vlp.eval.runner import StoppedError, StorageLostError
 from vlp.training import guard, replicas
 from vlp.training.exits import Exit, StopRun
+from vlp.training.gate import Gate
 from vlp.training.metrics_csv import MetricsCsv
 from vlp.training.module import Pretraining
 from vlp.training.saver import Saver
@@ -227,12 +228,12 @@ class Bar(pl.Callback):
 
 
 class Commit(pl.Callback):
-    """Saves every `every` steps, at the end, after a rewind, and when a rank wishes to stop.
+    """Saves every `every` steps, at the end, after a rewind, and where the ranks stop.
 
-    The ranks agree on the wish at the end of a step, save, and stop at the same step.
+    They stop at the gate, all before the same step.
 
     Args:
-        save: (module) -> None, writes a checkpoint. every: steps. wish: of this rank.
+        save: (module) -> None, writes a checkpoint. every: steps. wish: of this rank. gate: where it meets the others.
         check_replicas_every: steps between comparisons of the ranks' weights; None = never.
         refuse_stranger: raises where the run directory belongs to another process by now.
     """
@@ -243,36 +244,44 @@ class Commit(pl.Callback):
         *,
         every: int,
         wish: Wish,
+        gate: Gate,
         check_replicas_every: int | None,
         refuse_stranger: Callable[[], None] = lambda: None,
     ) -> None:
         self.save, self.every, self.wish, self.check_every = save, every, wish, check_replicas_every
+        self.gate, self.saved = gate, 0  # the step of the newest checkpoint of this attempt, or with which it began
         self.refuse_stranger = refuse_stranger
-        self.stopped = False  # before the last step
-        self.why = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Pretraining) -> None:
         """Stop before the first step if a rank was told to while it started; there is nothing to save yet."""
-        if self._agree(pl_module):
-            raise StopRun(Exit.PREEMPTED, f"stopped {self.why} at step {pl_module.cursor}, before the first one.")
+        self.saved, wish = pl_module.cursor, self.wish()
+        if dist.max_over_ranks(torch.tensor(int(wish is not None), device=pl_module.device)):
+            why = wish or "by another rank"
+            raise StopRun(Exit.PREEMPTED, f"stopped {why} at step {pl_module.cursor}, before the first one.")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Pretraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when due; stop on all ranks at the same step."""
+        """Save when due."""
         self.refuse_stranger()
         self.wish.count_step()
         done = pl_module.cursor >= pl_module.recipe.max_steps
-        self.stopped = self._agree(pl_module) and not done
-        due = self.stopped or done or pl_module.guard.has_rewound or pl_module.cursor % self.every == 0
-        assert pl_module.update is not None
-        every = None if pl_module.update.frozen_sharded else self.check_every  # ZeRO-3 has no replicas
-        if every is not None and (due or pl_module.cursor % every == 0):
-            replicas.check(pl_module, pl_module.cursor)
+        due = done or pl_module.guard.has_rewound or pl_module.cursor % self.every == 0
+        if due or (self.check_every is not None and pl_module.cursor % self.check_every == 0):
+            self._check_replicas(pl_module)
         if due:
             self._save(pl_module)
-        if self.stopped:
-            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Pretraining) -> None:
+        """Save what was done since the last checkpoint, where the gate was closed before the last step."""
+        if self.gate.is_closed and pl_module.cursor > self.saved:
+            self._check_replicas(pl_module)
+            self._save(pl_module)
+
+    def _check_replicas(self, pl_module: Pretraining) -> None:
+        assert pl_module.update is not None
+        if self.check_every is not None and not pl_module.update.frozen_sharded:  # ZeRO-3 has no replicas
+            replicas.check(pl_module, pl_module.cursor)
 
     def _save(self, pl_module: Pretraining) -> None:
         began = time.monotonic()
@@ -280,22 +289,19 @@ class Commit(pl.Callback):
         guard.refuse_non_finite(pl_module.own_values(), pl_module.cursor)
         self.save(pl_module)
         pl_module.guard.has_rewound = False
+        self.saved = pl_module.cursor
         pl_module.mark("log")
         self.wish.count_save(time.monotonic() - began)
-
-    def _agree(self, pl_module: Pretraining) -> bool:
-        wish = self.wish()
-        self.why = wish or "by another rank"
-        return bool(dist.max_over_ranks(torch.tensor(int(wish is not None), device=pl_module.device)))
 
 
 class Evaluation(pl.Callback):
     """Runs the evaluation every `every` steps and after the last one, while the strategy still holds the model."""
 
     def __init__(
-        self, run: Callable[[Pretraining], Mapping[str, float]], *, every: int | None, log: MetricsLog
+        self, run: Callable[[Pretraining], Mapping[str, float]], *, every: int | None, log: MetricsLog, gate: Gate
     ) -> None:
         self.run, self.every, self.rows = run, every, log  # Lightning takes the name `log` for itself
+        self.gate = gate
         self.broken_off = False  # the last one
 
     def on_train_batch_end(
@@ -307,6 +313,8 @@ class Evaluation(pl.Callback):
         pl_module.mark("evaluation")
         try:
             self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
+        except StorageLostError as error:
+            self.gate.shut(str(error))
         except StoppedError:
             return  # the steps are saved next; scores can be had later
         except OSError as error:  # a full disk: what was trained is worth more than its scores
@@ -322,6 +330,8 @@ class Evaluation(pl.Callback):
         pl_module.mark("evaluation")
         try:
             self.rows.write(trainer, pl_module.cursor, self.run(pl_module))
+        except StorageLostError as error:
+            self.gate.shut(str(error))
         except StoppedError:
             self.broken_off = True
 

@@ -25,6 +25,8 @@ from vlp import config, dist
 from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
 from vlp.data.splits import EvaluationSplits
+from vlp.data.storage import OutageError
+from vlp.eval.runner import StorageLostError
 from vlp.report.run import write_report
 from vlp.training import checkpoint, environment, prepare, run_dir, state, stored_config
 from vlp.training.assemble import System, assemble
@@ -33,7 +35,7 @@ from vlp.training.exits import Exit, StopRun, reported
 from vlp.training.launch import quiet
 
 CHANGEABLE = ("eval.", "data.num_workers=", "data.videos=", "data.captions=", "paths.", "trainer.num_threads=")
-CHANGEABLE += ("data.decode_timeout_s=",)
+CHANGEABLE += ("data.decode_timeout_s=", "data.outage_s=", "data.worker_memory_gib=")
 CHANGEABLE += ("data.index_dir=", "data.cache_dir=", "data.cache_gib=", "data.sources.", "clip.sampling_test.")
 TASKS = config.CONF / "task"
 _TASK_KEYS = {"about", "num_clips", "sources", "tasks"}
@@ -154,6 +156,8 @@ def splits(cfg: DictConfig, run: Path, *, views: str | None = None) -> Evaluatio
             decoder=config.build(cfg.clip.decoder, "clip.decoder"),
             num_workers=cfg.data.num_workers,
             decode_timeout_s=cfg.data.decode_timeout_s,
+            outage_s=cfg.data.outage_s,
+            worker_memory_gib=cfg.data.worker_memory_gib,
             index_dir=cfg.data.index_dir,
             cache=ShardCache(folder, max_bytes=int(cfg.data.cache_gib * 2**30)) if folder else None,
             views=views,
@@ -162,6 +166,8 @@ def splits(cfg: DictConfig, run: Path, *, views: str | None = None) -> Evaluatio
         raise
     except ShardsError as error:
         raise StopRun(Exit.DATA_BUDGET, str(error)) from None
+    except OutageError as error:
+        raise StopRun(Exit.STORAGE, f"{error}; run the same command again when it is back.") from None
     except ValueError as error:
         raise config.ConfigError([str(error)]) from None
 
@@ -199,7 +205,10 @@ def _evaluate(asked: Asked) -> int:
         evaluator.marks = _marks(data, num_clips)
         if not evaluator.tasks:
             raise config.ConfigError([f"task {name}: left out, {why}" for name, why in evaluator.skipped.items()])
-        scores = evaluator.evaluate(found.system.model, step=found.step, device=device)
+        try:
+            scores = evaluator.evaluate(found.system.model, step=found.step, device=device)
+        except StorageLostError as error:
+            raise StopRun(Exit.STORAGE, f"{error}; run the same command again when it is back.") from None
         if first:
             write_report(run)
     if dist.rank() == 0:

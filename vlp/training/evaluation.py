@@ -1,7 +1,7 @@
 """Evaluation of a model: the tasks of the config, on each source's test split, with a protocol card."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from torch import nn
 
 from vlp import config, dist
 from vlp.data.datamodule import VideoTextData
+from vlp.data.outage import Announcer, Outage, patiently
 from vlp.data.splits import EvaluationSplits
-from vlp.eval.runner import EvalData, evaluate, flat_scores
+from vlp.data.storage import OutageError
+from vlp.eval.runner import EvalData, evaluate, flat_scores, give_up, keep_up
 from vlp.forward import Graph
 from vlp.objectives.answers import AnswerClasses
 from vlp.objectives.choice import MultipleChoice
@@ -73,7 +75,7 @@ class Evaluator:
         """Evaluate on every source; write `eval/` and `scores/`."""
         scores: dict[str, float] = {}
         for name in self.data.sources:
-            data = self.eval_data(name, step=step)
+            data = self.eval_data(name, step=step, device=device)
             result = evaluate(
                 model,
                 self.graph,
@@ -87,17 +89,32 @@ class Evaluator:
             scores |= flat_scores(result)
         return scores
 
-    def eval_data(self, name: str, *, step: int = 0) -> EvalData:
-        """Return the test split of one source as the tasks want it."""
+    def eval_data(self, name: str, *, step: int = 0, device: torch.device | str = "cpu") -> EvalData:
+        """Return the test split of one source as the tasks want it; the ranks meet on `device`."""
         data, reader, tokenizer = self.data, self.data.reader(name, "test"), self.data.tokenizer
         assert tokenizer.bos_id is not None
-        size = self.cfg.eval.batch_size
+        size, announce = self.cfg.eval.batch_size, Announcer()
+
+        def wait(outage: Outage | None) -> None:
+            announce(outage)
+            keep_up(self.is_stopping, device)
+
+        def meta(sample: int) -> dict[str, Any]:
+            return patiently(partial(reader.meta, sample), limit_s=reader.outage_s, tell=announce)
+
+        def batches() -> Iterator[Batch]:
+            ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
+            try:
+                yield from data.test_loader(name, batch_size=size, **ranks, waiting=wait)
+            except OutageError as error:
+                give_up(str(error), device)
+
         return EvalData(
             source=name,
             split="test",
             trained_on_these=data.test_is_train(name),
-            batches=lambda: data.test_loader(name, batch_size=size, rank=dist.rank(), world_size=dist.world_size()),
-            meta=reader.meta,
+            batches=batches,
+            meta=meta,
             key_of=reader.key_of,
             encode=partial(tokenizer.encode, multiple_of=tokenizer.max_length),  # one length, see vlp.eval.runner
             decode=tokenizer.decode,

@@ -23,6 +23,7 @@ from vlp.data import plan
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import ShardsError
 from vlp.data.shard_cache import ShardCache
+from vlp.data.storage import OutageError
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.report.run import write_report
 from vlp.training import (
@@ -47,6 +48,7 @@ from vlp.training.assemble import System, assemble, plain
 from vlp.training.callbacks import Bar, Commit, Counting, Endings, Evaluation, Marks, MetricsLog, Rehearsal, Saving
 from vlp.training.evaluation import Evaluator
 from vlp.training.exits import Exit, StopRun, reported
+from vlp.training.gate import Gate
 from vlp.training.guard import Guard, Limits
 from vlp.training.lease import Lease
 from vlp.training.ledger import Ledger
@@ -60,6 +62,7 @@ from vlp.training.traces import refuse_silent_start
 from vlp.training.trackers import Trackers, public_facts
 from vlp.training.watchdog import Ending, Watchdog
 
+_AGAIN = "run the same command again when it is back"
 _COLLECTIVE_TIMEOUT_S = 1800.0  # of gloo and NCCL: they stand behind the watchdog, and evaluations may be uneven
 
 
@@ -215,8 +218,12 @@ class Attempt:
             do()
 
     def _open(self) -> None:
-        self.data = self._data()
-        self.module = self._module()
+        try:
+            self.data = self._data()
+            self.module = self._module()
+        except OutageError as error:  # nothing is lost by ending, and a wrong host looks like this too
+            message = f"{error}; nothing was trained in this attempt, {_AGAIN}."
+            raise StopRun(Exit.STORAGE, message) from None
         self.evaluator = Evaluator(self.system, self.cfg, self.data, directory=self.directory)
         self.evaluator.is_stopping = self.wish
 
@@ -232,11 +239,13 @@ class Attempt:
         return min((seconds for seconds in known if seconds is not None), default=None)
 
     def _data(self) -> VideoTextData:
-        cfg = self.cfg
         try:
-            sources = prepare.sources(cfg)
+            return self._data_of(prepare.sources(self.cfg))
         except ShardsError as error:
             raise StopRun(Exit.DATA_BUDGET, str(error)) from None
+
+    def _data_of(self, sources: dict[str, Any]) -> VideoTextData:
+        cfg = self.cfg
         weights = {name: float(plain(cfg.data.sources[name]).get("weight", 1.0)) for name in sources}
         folder, max_bytes = cfg.data.cache_dir, int(cfg.data.cache_gib * 2**30)
         try:
@@ -251,6 +260,8 @@ class Attempt:
                 balance=cfg.data.balance,
                 num_workers=cfg.data.num_workers,
                 decode_timeout_s=cfg.data.decode_timeout_s,
+                outage_s=cfg.data.outage_s,
+                worker_memory_gib=cfg.data.worker_memory_gib,
                 seed=cfg.run.seed,
                 sampling_train=config.build(cfg.clip.sampling_train, "clip.sampling_train"),
                 sampling_test=config.build(cfg.clip.sampling_test, "clip.sampling_test"),
@@ -264,8 +275,8 @@ class Attempt:
                 index_dir=cfg.data.index_dir,
                 cache=ShardCache(folder, max_bytes=max_bytes) if folder else None,
             )
-        except ShardsError as error:
-            raise StopRun(Exit.DATA_BUDGET, str(error)) from None
+        except ShardsError:
+            raise
         except ValueError as error:
             raise config.ConfigError([str(error)]) from None
 
@@ -319,6 +330,7 @@ class Attempt:
             num_steps=self.cfg.trainer.max_steps - start_step,
             rank=dist.rank(),
             world_size=dist.world_size(),
+            gate=self.gate,
         )
 
     def _restore(self) -> None:
@@ -382,11 +394,13 @@ class Attempt:
         attempt = self.attempt if self.first else 0
         csv = MetricsCsv(self.directory / "metrics.csv", after_step=self.module.cursor) if self.first else None
         self.trackers = Trackers(plain(cfg.logger) if self.first else {}, public_facts(self.plain))
+        self.gate = Gate(self.module, wish=self.wish)
         log = MetricsLog(csv, self.trackers, every=cfg.trainer.log_every, attempt=attempt)
         commit = Commit(
             self._save,
             every=cfg.trainer.checkpoint_every,
             wish=self.wish,
+            gate=self.gate,
             check_replicas_every=cfg.trainer.check_replicas_every,
             refuse_stranger=self.lease.check_seen if self.lease else lambda: None,
         )
@@ -396,7 +410,7 @@ class Attempt:
             explain=self.data.explain,
             seen=self.record.values.get("seen", {}),
         )
-        evaluation = Evaluation(self.evaluator, every=cfg.eval.every, log=log)
+        evaluation = Evaluation(self.evaluator, every=cfg.eval.every, log=log, gate=self.gate)
         self.ledger = Ledger(self.directory / "ledger.jsonl", attempt=attempt, world_size=self.ranks.world_size)
         callbacks: list[Any] = [Endings(self._tell), Rehearsal(), self.counting, log, evaluation, commit]
         if cfg.trainer.ledger:
@@ -405,11 +419,16 @@ class Attempt:
         if cfg.trainer.progress_bar and self.first:
             callbacks.append(Bar(total=cfg.trainer.max_steps))
         self._trainer([*callbacks, Marks(self.watchdog.mark)]).fit(self.module)
-        return commit.stopped or evaluation.broken_off
+        if self.gate.loss:
+            done = f"step {self.module.cursor} is saved" if self.module.cursor else "no step was done"
+            raise StopRun(Exit.STORAGE, f"{self.gate.loss}; {done}, {_AGAIN}.")
+        return self.gate.is_closed or evaluation.broken_off
 
     def _trainer(self, callbacks: list[Any]) -> pl.Trainer:
         section, recipe = self.cfg.trainer, self.module.recipe
-        patience_s = max(_COLLECTIVE_TIMEOUT_S, 2 * (section.timeout_s or 0.0))
+        timeout_s = section.timeout_s or 0.0
+        # In an evaluation a rank may wait for the record of a clip while the others are in a collective.
+        patience_s = max(_COLLECTIVE_TIMEOUT_S, 2 * timeout_s, self.cfg.data.outage_s + timeout_s)
         needs = Needs(
             precision=recipe.precision,
             max_norm=recipe.clip_grad_norm,

@@ -86,6 +86,7 @@ class Pretraining(pl.LightningModule):
         self.scale_state: Mapping[str, Any] | None = None  # of the loss, there
         self.last: dict[str, Any] = {}  # what the callbacks show and log
         self.ended = self.called = time.perf_counter()
+        self.gate_s = 0.0  # of the time since then, in meetings of the ranks
         self.mark: Callable[[str], None] = lambda place: None  # tells the watchdog where in a step this rank is
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -275,11 +276,11 @@ class Pretraining(pl.LightningModule):
             "means": means,
             "counts": counts,
             "grad_norm": norm,
-            "data_wait_s": started - self.ended,
+            "data_wait_s": started - self.ended - self.gate_s,
             "step_s": now - self.ended,
             "batch": batch,
         }
-        self.ended = now
+        self.ended, self.gate_s = now, 0.0
 
     def trained_parts(self) -> dict[str, int]:
         """Return the number of parameters of each part of the model and of each objective."""
@@ -292,7 +293,7 @@ class Pretraining(pl.LightningModule):
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step out of the next step's data wait."""
-        self.ended = time.perf_counter()
+        self.ended, self.gate_s = time.perf_counter(), 0.0
 
 
 def _count_wiring(objective: nn.Module, wiring: Wiring) -> Wiring:

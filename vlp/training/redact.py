@@ -5,13 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vlp.data.sandbox import SECRET_NAME
+
 HIDDEN = "***"
 
-_KEY = re.compile(
-    r"(?:^|[_.-])(?:pass(?:word|wd|phrase)?|secrets?|token|api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key"
-    r"|credentials?|auth|authorization|signature|sas|cookie)$",
-    re.IGNORECASE,
-)
 _FORMS = (
     re.compile(r"(?<=://)[^/@\s]+(?=@)"),  # user:password of a URL
     re.compile(r"(?<=\?)[^\s\"'\],}]*=[^\s\"'\],}]*"),  # the query of a URL, where signatures travel
@@ -41,15 +38,15 @@ def tree(node: Any, key: str = "") -> Any:
     if isinstance(node, list | tuple):
         return [tree(child, key) for child in node]
     if isinstance(node, str):
-        return HIDDEN if node and _KEY.search(key) else text(node)
+        return HIDDEN if node and SECRET_NAME.search(key) else text(node)
     return node
 
 
 def _hide_assigned(match: re.Match[str]) -> str:
-    return f"{match['key']}{match['equals']}{HIDDEN}" if _KEY.search(match["key"]) else match[0]
+    return f"{match['key']}{match['equals']}{HIDDEN}" if SECRET_NAME.search(match["key"]) else match[0]
 
 
 def _of_environment() -> list[str]:
     """Longest first, so that no part of one is left."""
-    found = {value for name, value in os.environ.items() if _KEY.search(name) and len(value) >= _SHORTEST}
+    found = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= _SHORTEST}
     return sorted(found, key=len, reverse=True)

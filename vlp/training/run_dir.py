@@ -57,6 +57,8 @@ FREE = (  # changes no number that the run computes, or only how it answers trou
     "trainer.compile",
     "data.num_workers",
     "data.decode_timeout_s",
+    "data.outage_s",
+    "data.worker_memory_gib",
     "data.videos",  # the fingerprint of the shards decides, not where they lie
     "data.captions",
     "data.index_dir",

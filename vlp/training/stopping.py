@@ -39,9 +39,14 @@ class Wish:
             self.step_s = max(self.step_s, now - self._since)
         self.num_done, self._since = self.num_done + 1, now
 
+    def restart(self) -> None:
+        """Leave the time since the last step out of the next one's."""
+        self._since = time.monotonic()
+
     def count_save(self, seconds: float) -> None:
         """Note how long a checkpoint took; its time is no step's."""
-        self.save_s, self._since = max(self.save_s, seconds), time.monotonic()
+        self.save_s = max(self.save_s, seconds)
+        self.restart()
 
     def count_commit(self, seconds: float) -> None:
         """Note how long a checkpoint took that was written in the background: the last one is waited for."""
