@@ -77,7 +77,7 @@ def train(cell: Cell, stored: dict[str, Tensor] | None = None, cursor: int = 0, 
     torch.manual_seed(0)
     system = assemble(cfg)
     recipe = recipe_of(cfg)._replace(precision=PRECISIONS[cell.precision])
-    module = Pretraining(**_parts(system), recipe=recipe, loader=lambda start: Steps(cell, start))
+    module = Pretraining(system, recipe=recipe, loader=lambda start: Steps(cell, start))
     for objective in module.objectives.values():
         _fit_codebook(objective)
     if cell.source != "text":
@@ -156,10 +156,6 @@ def ends(found: list[Found]) -> dict[str, Tensor]:
 def _collected(module: Pretraining) -> dict[str, Tensor]:
     assert module.update is not None
     return {key: value.clone() for key, value in state.collect(module, module.update, module.ema).items()}
-
-
-def _parts(system: Any) -> dict[str, Any]:
-    return {name: getattr(system, name) for name in ("model", "objectives", "wirings", "weights", "graph")}
 
 
 def _fit_codebook(objective: Any) -> None:

@@ -117,6 +117,31 @@ def test_a_manifest_of_another_form_is_refused_and_not_a_crash(tmp_path, text):
     assert path is None and ("manifest.json" in refused[0] or "is missing" in refused[0])
 
 
+def test_a_manifest_names_no_file_outside_although_its_digest_agrees(tmp_path):
+    (path,) = commit(tmp_path / "checkpoints", 1)
+    (path / "state.json").rename(path.parent / "state.json")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../state.json"] = manifest["files"].pop("state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="it names a file outside the checkpoint"):
+        checkpoint.open_checkpoint(path)
+
+
+def test_a_file_that_rank_0_does_not_see_whole_is_not_committed(tmp_path, monkeypatch):
+    write = checkpoint.tensor_file.write
+
+    def cut(path: Path, tensors: dict) -> dict:  # as seen through a file system that lags, or is another node's own
+        entry = write(path, tensors)
+        os.truncate(path, entry["size"] - 1)
+        return entry
+
+    commit(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.tensor_file, "write", cut)
+    with pytest.raises(OSError, match="is not whole where rank 0 looks"):
+        commit(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_load_refuses_a_damaged_checkpoint(tmp_path):
     (path,) = commit(tmp_path, 1)
     (path / "state.json").write_text("{}")

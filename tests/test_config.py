@@ -412,6 +412,39 @@ def test_run_names_that_are_no_file_names_are_refused(conf, name):
     assert message.startswith("run.name: ")
 
 
+NAME, LANES = "run.name: 'a b' is no name;", "data.num_lanes: 3 does not divide data.batch_size=4;"
+
+
+@pytest.mark.parametrize(
+    ("words", "experiment", "others"),
+    [
+        (["trainer.max_stpes=4"], "", ["trainer.max_stpes: unknown key"]),
+        (["optim.lr=x", "optim.betas=y"], "", ["optim.lr: 'x' has the wrong type;", "optim.betas: 'y' has"]),
+        (["data=mine"], "", ["data.videos: a value is required;"]),
+        (["schedule=cosin"], "", ["schedule=cosin: there is no conf/schedule/cosin.yaml"]),
+        ([], "text: {_target_: os.system}", ["text._target_: 'os.system' is outside the allowed packages"]),
+        ([], "trainer: 5", ["trainer: expected a section with keys, got 5."]),
+        ([], "data: {sources: {w: 3}}", ["data.sources.w: a part needs a '_target_'"]),
+        ([], "optim: {lr: '${optim.rl}', betas: ['${optim.lr}', 0.9]}", ["optim.lr: Interpolation key 'optim.rl'"]),
+        (
+            [],
+            "video: {dim: '${fusion.dim}', vocab_size: x}",
+            ["video.dim: refers to fusion.dim", "video.vocab_size: 'x' has"],
+        ),
+        (["optim.lr=${oc.env:HOME}"], "", ["optim.lr: '${oc.env:HOME}' is more than a reference;"]),
+        (["trainer.max_steps=0", "objective=[]"], "", ["trainer.max_steps: 0 is not", "objective: nothing to train"]),
+    ],
+)
+def test_mistakes_of_every_kind_come_in_one_go(conf, words, experiment, others):
+    found = messages(conf, "run.name='a b'", "data.num_lanes=3", *words, experiment=experiment)
+    expected = sorted([NAME, LANES, *others])
+    assert [line[: len(start)] for start, line in zip(expected, sorted(found), strict=True)] == expected
+
+
+def test_nothing_is_divided_by_zero_lanes(conf):
+    assert messages(conf, "data.num_lanes=0") == ["data.num_lanes: 0 is not possible; it must be at least 1."]
+
+
 @pytest.mark.parametrize("name", ["a", "My-run_1.0", "lr=0.1,seed=+3", "a" * 128])
 def test_run_names_of_plain_characters_are_fine(conf, name):
     assert config.check(OmegaConf.merge(config.load([], conf=conf), {"run": {"name": name}})) == []

@@ -12,6 +12,7 @@ import torch
 from clips import clip
 from tiny_runs import overrides
 
+from vlp.data import datamodule, loader
 from vlp.data.datamodule import VideoTextData
 from vlp.data.fields import Shards
 from vlp.data.index import open_index
@@ -19,7 +20,7 @@ from vlp.data.sampling import Segments
 from vlp.data.shards import Raw, write_shards
 from vlp.data.text import load_tokenizer, train_tokenizer
 from vlp.data.transforms import CenterCrop
-from vlp.training import launch
+from vlp.training import evaluate_run, launch
 from vlp.training.exits import Exit
 from vlp.types import Reason
 
@@ -87,6 +88,17 @@ def test_native_code_that_hangs_or_crashes_costs_one_sample(tmp_path, deed, reas
     found = {int(i): Reason(int(status)) for b in batches for i, status in zip(b.sample_id, b.status, strict=True)}
     assert found == {i: Reason[reason] if i == BAD else Reason.OK for i in range(8)}
     assert torch.cat([batch.frames[batch.valid].flatten(1).any(1) for batch in batches]).all()
+
+
+def test_the_limit_of_decoding_reaches_the_workers_of_a_run_and_of_an_evaluation(place, monkeypatch):
+    made = []
+    monkeypatch.setattr(datamodule, "workers_for", lambda *a, **k: made.append(loader.workers_for(*a, **k)) or made[-1])
+    more = ("objective=[contrastive]", "eval.tasks={}", "trainer.max_steps=1", "data.decode_timeout_s=33.5")
+    assert launch.main(overrides(place, "limit", *more)) == Exit.DONE
+    assert [(workers.decode_s, workers.stall_s) for workers in made] == [(33.5, 33.5)]
+    run = place / "runs" / "limit"
+    cfg, _ = evaluate_run.load_config(run, None, ["data.decode_timeout_s=44.5"])
+    assert evaluate_run.splits(cfg, run)._workers.decode_s == 44.5
 
 
 def run(place: Path, tmp_path: Path, name: str, *more: str) -> int:

@@ -49,6 +49,7 @@ def test_of_two_processes_that_race_a_hundred_times_exactly_one_wins(tmp_path):
         start.set()
         for each in both:
             each.join()
+        assert not wins.empty() and not losses.empty()
         winner, (code, message) = wins.get(), losses.get()
         assert code == Exit.LOCKED == 77 and f"in use by process {winner} on " in message
         assert wins.empty() and losses.empty()
@@ -84,12 +85,13 @@ def test_an_owner_elsewhere_that_shows_none_is_replaced(tmp_path):
         assert own.number == 7
 
 
-def test_who_was_replaced_while_it_stood_still_saves_nothing(tmp_path):
+def test_who_was_replaced_while_it_stood_still_saves_nothing_and_gives_nothing_back(tmp_path):
     with lease.held(tmp_path) as own:
         (tmp_path / "lease-000002").write_text(json.dumps({**ELSEWHERE, "beat": 0}))
+        (tmp_path / "lease-000001").unlink()
         with pytest.raises(StopRun, match="taken over by process 4 on node7") as stop:
             own.check()
-    assert stop.value.code == Exit.LOCKED
+    assert stop.value.code == Exit.LOCKED and os.listdir(tmp_path) == ["lease-000002"]
 
 
 def test_a_process_is_known_by_its_number_and_the_time_it_was_given():

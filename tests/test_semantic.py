@@ -9,6 +9,7 @@ from vlp.encoders.codebook import k_means
 from vlp.encoders.semantic import SemanticCodes
 from vlp.encoders.swin3d import SwinVideo
 from vlp.eval.code_usage import CodeUsage
+from vlp.layers.pixels import normalised
 from vlp.layers.pool import ClsPool, MeanPool
 from vlp.models.tokenizer import SemanticTokenizer
 from vlp.objectives.masked_visual import MaskedVisual
@@ -60,7 +61,7 @@ def test_a_target_takes_the_tokenizer_of_another_run_by_name(tmp_path):
 
 def test_fitting_puts_the_codes_where_the_cells_are():
     codes = target().eval()
-    cells = codes.video_encoder(codes._pixels(clips(1)), MASK, None).x
+    cells = codes.video_encoder(normalised(clips(1), codes.pixel_affine), MASK, None).x
     before = codes.quantizer(cells)
     codes.fit([clips(1), clips(2)], seed=0)
     after = codes.quantizer(cells)

@@ -94,6 +94,14 @@ def test_signals_set_a_flag_and_the_handlers_are_given_back():
     assert signals.told() is None and [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
+def test_what_is_told_is_known_for_as_long_as_the_process_listens():
+    with signals.listening():
+        with signals.listening():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.told() == "SIGUSR1"
+    assert signals.told() is None
+
+
 def test_a_helper_process_that_is_started_while_signals_are_held_does_not_die_of_them():
     with signals.held():
         helper = subprocess.Popen(["sleep", "20"])

@@ -12,6 +12,7 @@ import pytest
 import slurm_cluster
 import slurm_preemptions
 import torch
+import yaml
 from tiny_runs import overrides, train, weights
 
 from vlp import config, sweep
@@ -102,6 +103,26 @@ def test_cancelled_run_on_two_nodes_saves_and_continues_only_when_asked(slurm, p
     slurm.wait(slurm.is_empty)
     assert (record(directory)["status"], record(directory)["attempts"]) == ("finished", 2)
     assert steps(directory) == list(range(1, stopped["step"] + 3))
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_stages_that_are_preempted_in_the_second_go_on_there_and_repeat_nothing(slurm, place):
+    own = [[*SHORT, f"trainer.max_steps={steps}"] for steps in (3, 60)]
+    path = place / "staged.yaml"
+    path.write_text(yaml.safe_dump({"base": ["+experiment=quickstart"], "stages": own}))
+    words = ["--partition=low", "--nodes=2", "--ntasks-per-node=1", f"--output={place}/staged.log", f"--chdir={ROOT}"]
+    more = [f"stages={path}", *overrides(place, "staged")[1:]]
+    slurm.submit(*words, str(ROOT / "scripts/slurm/run.sbatch"), *more)
+    first, second = (place / "runs" / f"staged-{number}" for number in (1, 2))
+    slurm.wait(lambda: step_of(second) >= 2)
+    before = (first / "run.json").read_bytes()
+    slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    slurm.wait(slurm.is_empty)
+    ended = record(second)
+    assert (ended["status"], ended["attempts"], ended["slurm"]["restarts"]) == ("finished", 2, 1)
+    assert (steps(first), steps(second)) == (list(range(1, 4)), list(range(1, 61)))
+    assert (first / "run.json").read_bytes() == before and record(first)["slurm"]["restarts"] == 0
 
 
 @pytest.mark.slow

@@ -144,6 +144,24 @@ def test_two_ranks_go_through_both_stages_and_a_stop_keeps_its_exit_code(tmp_pat
     assert done.returncode == Exit.DONE and status(tmp_path, "plan-2") == (cells.DONE, 2), said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["it writes its report", "it becomes the next one"])
+def test_a_signal_between_two_stages_is_not_lost(tmp_path, moment):
+    process = start(line(tmp_path, *SHORT, base=["trainer.max_steps=2"]))
+    record = tmp_path / "runs" / "plan-1" / "run.json"
+
+    def has_come() -> bool:
+        if moment == "it becomes the next one":
+            return status(tmp_path, "plan-1")[0] == cells.DONE
+        return record.exists() and '"finished"' in record.read_text()
+
+    while process.poll() is None and not has_come():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == Exit.PREEMPTED and status(tmp_path, "plan-2") == (cells.WAITING, 0), said
+
+
 def test_a_lost_rank_is_counted_in_the_stage_that_lost_it(tmp_path, capsys):
     words = line(tmp_path, *SHORT)
     (tmp_path / "runs" / "plan-1").mkdir(parents=True)

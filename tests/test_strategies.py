@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import grid
 import pytest
 import torch
-from rank_pool import RankPool
 from strategy_toy import Cell, Found, ends, train
 from tiny_runs import overrides
 
@@ -20,35 +18,23 @@ EMA = (*grid.SPLIT, "optim.ema_decay=0.5")
 MIXED = "bf16-mixed"
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[RankPool]:
-    with RankPool(1) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
-
-
 def share_of_the_grid() -> list[Cell]:
     """Each strategy with each source, and each frozen part and accumulation with each strategy, but not all of all."""
     found = grid.cells(["32-true"])
     return [cell for number, cell in enumerate(found) if number % 11 == 0] + grid.cells([MIXED])[49::31]
 
 
-def test_a_share_of_the_grid_agrees_with_one_process(one, two):
-    rows = list(grid.run(share_of_the_grid(), one, two))
+def test_a_share_of_the_grid_agrees_with_one_process(one_rank, two_ranks):
+    rows = list(grid.run(share_of_the_grid(), one_rank, two_ranks))
     assert {row.cell.strategy for row in rows} == set(grid.STRATEGIES)
     assert [row for row in rows if not row.good] == []
 
 
 @pytest.fixture(scope="module")
-def saved(one, two) -> dict[str, Found]:
+def saved(one_rank, two_ranks) -> dict[str, Found]:
     """The state after two steps under each strategy."""
-    found = {"auto": one.run(train, Cell("video", "partly", more=EMA))}
-    return found | {z: two.run(train, Cell("video", "partly", z, more=EMA)) for z in grid.STRATEGIES}
+    found = {"auto": one_rank.run(train, Cell("video", "partly", more=EMA))}
+    return found | {z: two_ranks.run(train, Cell("video", "partly", z, more=EMA)) for z in grid.STRATEGIES}
 
 
 @pytest.mark.parametrize("strategy", grid.STRATEGIES)
@@ -61,10 +47,11 @@ def test_the_state_of_every_strategy_is_that_of_one_process(saved, strategy):
 
 
 @pytest.mark.parametrize("strategy", grid.STRATEGIES)
-def test_low_rank_products_move_the_same_under_every_strategy(one, two, strategy):
+def test_low_rank_products_move_the_same_under_every_strategy(one_rank, two_ranks, strategy):
     layers = "adapter.low_rank.layers={model.text_encoder.*.query:1,model.fusion.*.qkv:3}"
     cell = Cell("video", steps=2, more=(*EMA, "adapter=[low_rank]", layers, "adapter.low_rank.rank=2"))
-    expected, actual = ends([one.run(train, cell)[0]]), ends(two.run(train, cell._replace(strategy=strategy)))
+    expected = ends(one_rank.run(train, cell))
+    actual = ends(two_ranks.run(train, cell._replace(strategy=strategy)))
     assert any("lora_up" in key for key in actual) and expected.keys() == actual.keys()
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, atol=1e-6, rtol=1e-4)
@@ -74,26 +61,26 @@ def test_low_rank_products_move_the_same_under_every_strategy(one, two, strategy
     ("before", "after"),
     [("zero3", "auto"), ("auto", "zero3"), ("ddp", "zero1"), ("zero1", "zero2"), ("zero2", "zero3"), ("zero3", "ddp")],
 )
-def test_training_continues_under_any_other_strategy(saved, one, two, before, after):
+def test_training_continues_under_any_other_strategy(saved, one_rank, two_ranks, before, after):
     cell = Cell("video", "partly", steps=1, more=EMA)
-    (expected,) = one.run(train, cell, ends(saved["auto"]), 2)
-    found = (one if after == "auto" else two).run(train, cell._replace(strategy=after), ends(saved[before]), 2)
+    (expected,) = one_rank.run(train, cell, ends(saved["auto"]), 2)
+    pool = one_rank if after == "auto" else two_ranks
+    found = pool.run(train, cell._replace(strategy=after), ends(saved[before]), 2)
     assert found[0].losses == pytest.approx(expected.losses, abs=1e-5)
     assert sorted(i for each in found for i in each.clips[0]) == sorted(expected.clips[0])
     for key, value in ends(found).items():
         torch.testing.assert_close(value, expected.state[key], atol=2e-6, rtol=1e-4)
 
 
-def test_four_ranks_continue_what_two_have_saved_and_one_what_four_have(saved, one):
+def test_four_ranks_continue_what_two_have_saved_and_one_what_four_have(saved, one_rank, four_ranks):
     cell = Cell("video", "partly", "zero3", steps=1, more=EMA)
-    (expected,) = one.run(train, cell._replace(strategy="auto"), ends(saved["auto"]), 2)
-    with RankPool(4) as four:
-        found = four.run(train, cell, ends(saved["zero2"]), 2)
+    (expected,) = one_rank.run(train, cell._replace(strategy="auto"), ends(saved["auto"]), 2)
+    found = four_ranks.run(train, cell, ends(saved["zero2"]), 2)
     assert found[3].losses == pytest.approx(expected.losses, abs=1e-5)
     sizes = [sum(tensor.nbytes for tensor in each.state.values()) for each in found]
     assert min(sizes) > 0.8 * max(sizes)
     further = cell._replace(strategy="auto")
-    after = [one.run(train, further, state, 3)[0].losses for state in (ends(found), expected.state)]
+    after = [one_rank.run(train, further, state, 3)[0].losses for state in (ends(found), expected.state)]
     assert after[0] == pytest.approx(after[1], abs=1e-5)
 
 
@@ -102,10 +89,10 @@ def float16(scale: float) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
-def test_float16_lowers_its_scale_on_all_ranks_alike_and_continues_with_it(one, two, strategy):
+def test_float16_lowers_its_scale_on_all_ranks_alike_and_continues_with_it(one_rank, two_ranks, strategy):
     cell = Cell("video", strategy=strategy, precision="16-mixed", steps=3, more=float16(3e4))
-    found = two.run(train, cell)
-    (expected,) = one.run(train, cell._replace(strategy="auto"))
+    found = two_ranks.run(train, cell)
+    (expected,) = one_rank.run(train, cell._replace(strategy="auto"))
     assert found[0].scale == found[1].scale == expected.scale
     assert expected.scale < 2.0**16
 
@@ -121,10 +108,10 @@ def hold_bounds(module) -> None:
 
 
 @pytest.mark.parametrize("strategy", grid.STRATEGIES)
-def test_the_temperature_is_held_at_its_bounds(two, strategy):
+def test_the_temperature_is_held_at_its_bounds(two_ranks, strategy):
     tight = ("model.temperature.init=0.07", "model.temperature.min_temperature=0.0699")
     tight += ("model.temperature.max_temperature=0.07", "optim.lr=100")
-    two.run(train, Cell("video", strategy=strategy, steps=1, more=(*grid.SPLIT, *tight)), None, 0, hold_bounds)
+    two_ranks.run(train, Cell("video", strategy=strategy, steps=1, more=(*grid.SPLIT, *tight)), None, 0, hold_bounds)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])

@@ -102,10 +102,21 @@ def test_a_hostile_header_is_refused_with_a_line_that_names_the_file(tmp_path, h
         Mapped(tmp_path / "f").places()
 
 
-@pytest.mark.parametrize("length", [0, 100, 2**31, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [3, 100, 2**31, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_allocates_nothing(tmp_path, length):
     (tmp_path / "f").write_bytes(length.to_bytes(8, "little") + b"{}")
-    with pytest.raises(ValueError, match=r"^f: "):
+    with pytest.raises(ValueError, match=rf"^f: its header is said to be {length} bytes long in a file of 10"):
+        Mapped(tmp_path / "f").places()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "said"), [("_MAX_HEADER", 99, "is said to be"), ("_MAX_TENSORS", 1, "is no table")]
+)
+def test_a_header_above_a_limit_is_refused(tmp_path, monkeypatch, limit, value, said):
+    tensor_file.write(tmp_path / "f", {"a": torch.zeros(2), "b": torch.zeros(3)})
+    assert len(Mapped(tmp_path / "f").places()) == 2
+    monkeypatch.setattr(tensor_file, limit, value)
+    with pytest.raises(ValueError, match=f"^f: its header {said}"):
         Mapped(tmp_path / "f").places()
 
 

@@ -154,15 +154,7 @@ def gradients(num_micro: int, rank: int, num_ranks: int, *more: str) -> dict[str
     size = CLIPS // (num_ranks * num_micro)
     starts = [(micro * num_ranks + rank) * size for micro in range(num_micro)]
     step = StepBatch(tuple(Batch(*(field[s : s + size] for field in batch(cfg))) for s in starts))
-    module = Noted(
-        model=system.model,
-        objectives=system.objectives,
-        wirings=system.wirings,
-        weights=system.weights,
-        graph=system.graph,
-        recipe=recipe_of(cfg),
-        loader=lambda start: Once(step),
-    )
+    module = Noted(system, recipe=recipe_of(cfg), loader=lambda start: Once(step))
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     strategy = Ddp() if num_ranks > 1 else "auto"
     trainer = pl.Trainer(

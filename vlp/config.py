@@ -76,25 +76,34 @@ def load(overrides: Sequence[str], *, conf: Path = CONF) -> DictConfig:
 
 
 def check(cfg: DictConfig) -> list[str]:
-    """Return one line for each unknown key, wrong type, missing value and bad `_target_` of a composed config."""
-    texts = list(_texts(OmegaConf.to_container(cfg, resolve=False), ""))
+    """Return one line for each unknown key, wrong type or value, missing value and bad `_target_` of a composed config.
+
+    Where something cannot be resolved, all references stay unread, and everything else is still judged.
+    """
+    tree: Any = OmegaConf.to_container(cfg, resolve=False)
+    texts = list(_texts(tree, ""))
     messages = [_refuse_resolver(path, text) for path, text in texts if "${" in _REFERENCE.sub("", text)]
-    if messages:
-        return messages  # before anything is resolved: `${oc.env:TOKEN}` would put a secret into the config
-    messages = [
+    may_resolve = not messages  # `${oc.env:TOKEN}` would put a secret into the config
+    messages += [
         f"{path}: a value is required; give it on the command line: {path}=VALUE."
         for path, text in texts
         if text == "???"
     ]
     try:
-        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+        if may_resolve:
+            tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+            messages += [
+                _refuse_resolver(path, text) for path, text in _texts(tree, "") if "${" in text
+            ]  # put together
     except OmegaConfBaseException as error:
-        return messages or [f"{error.full_key or 'config'}: {_reference_error(str(error)) or _first_line(error)}"]
-    messages += [_refuse_resolver(path, text) for path, text in _texts(tree, "") if "${" in text]  # put together
-    messages += _section_errors(tree, Root, "")
+        reason = _reference_error(str(error)) or _first_line(error)
+        messages = messages or [f"{error.full_key or 'config'}: {reason}"]  # else it refers to what is missing
+    unread = {path for path, text in _texts(tree, "") if "${" in text or text == "???"}
+    found = ((_path(line), line) for line in _section_errors(tree, Root, ""))
+    messages += [line for path, line in found if not any(_is_in(path, one) or _is_in(one, path) for one in unread)]
     # A part that another node refers to (model.video: ${video}) is found twice; its own place is the one to change.
     messages = [line for line in messages if not any(line.endswith(f".{other}") for other in messages)]
-    return messages or list(_value_errors(tree))
+    return messages + list(_value_errors(tree, {*map(_path, messages), *unread}))
 
 
 def build(node: Any, path: str = "") -> Any:
@@ -381,41 +390,59 @@ def _argument_errors(node: Mapping, function: Callable, path: str, extra: frozen
             yield f"{path}.{key}: {node[key]!r} has the wrong type; {node['_target_']} takes {hint_name(hints[key])}."
 
 
+def _path(message: str) -> str:
+    return message.partition(":")[0]
+
+
+def _is_in(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.")
+
+
 def _named(parameter: inspect.Parameter) -> bool:
     return parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
-def _value_errors(tree: Mapping) -> Iterator[str]:
-    """Rules between values that no single type can state."""
-    trainer, data, clip, run = tree["trainer"], tree["data"], tree["clip"], tree["run"]
+def _value_errors(tree: Any, blamed: Iterable[str]) -> Iterator[str]:
+    """Rules between values that no single type can state; values at paths that are blamed already are passed over."""
+
+    def value(path: str) -> Any:
+        """Return None where there is nothing to judge."""
+        is_sound = not any(_is_in(path, other) for other in blamed)
+        return functools.reduce(operator.getitem, path.split("."), tree) if is_sound else None
+
     for (words, is_met), paths in _RANGES.items():
         for path in paths:
-            value = functools.reduce(operator.getitem, path.split("."), typing.cast(Any, tree))
-            if value is not None and not is_met(value):
-                yield f"{path}: {value} is not possible; it must be {words}."
-    if not NAME.fullmatch(run["name"]):
-        yield f"run.name: {run['name']!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
-    policies = {f"{kind}_policy": ("stop", "skip", "rewind") for kind in ("nan", "spike")}
-    for key, allowed in (*policies.items(), ("precision", _PRECISIONS), ("strategy", _STRATEGIES)):
-        if trainer[key] not in allowed:
-            yield f"trainer.{key}: {trainer[key]!r} is not known; use one of {', '.join(allowed)}."
-    if data["batch_size"] % data["num_lanes"]:
+            number = value(path)
+            if number is not None and not is_met(number):
+                yield f"{path}: {number} is not possible; it must be {words}."
+    name = value("run.name")
+    if name is not None and not NAME.fullmatch(name):
+        yield f"run.name: {name!r} is no name; use letters, digits and ._=,+- (at most 128, not first a dot)."
+    for path, allowed in _CHOICES.items():
+        if value(path) is not None and value(path) not in allowed:
+            yield f"{path}: {value(path)!r} is not known; use one of {', '.join(allowed)}."
+    clips, lanes = value("data.batch_size"), value("data.num_lanes")
+    if clips and lanes and clips % lanes:
         yield (
-            f"data.num_lanes: {data['num_lanes']} does not divide data.batch_size={data['batch_size']}; "
-            f"set data.num_lanes to one of {_divisors(data['batch_size'])}."
+            f"data.num_lanes: {lanes} does not divide data.batch_size={clips}; "
+            f"set data.num_lanes to one of {_divisors(clips)}."
         )
-    if trainer["zero"]["offload_parameters"] and trainer["strategy"] != "zero3":
-        yield f"trainer.zero.offload_parameters: {trainer['strategy']} cannot; set trainer.strategy=zero3."
-    if clip["short_side"] < clip["size"]:
-        yield f"clip.short_side: {clip['short_side']} is below clip.size={clip['size']}; set it to at least clip.size."
-    for name, node in tree["data"]["sources"].items():
-        other = (node or {}).get("modality")
-        if other is not None and other != clip["modality"]:
-            yield f"data.sources.{name}.modality: {other!r} is not what clips show; set modality={other}."
-    betas = tree["optim"]["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    strategy = value("trainer.strategy")
+    if value("trainer.zero.offload_parameters") and strategy not in (None, "zero3"):
+        yield f"trainer.zero.offload_parameters: {strategy} cannot; set trainer.strategy=zero3."
+    short_side, size = value("clip.short_side"), value("clip.size")
+    if None not in (short_side, size) and short_side < size:
+        yield f"clip.short_side: {short_side} is below clip.size={size}; set it to at least clip.size."
+    betas = value("optim.betas")
+    if fits(betas, list[float]) and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
         yield f"optim.betas: {betas} is not possible; write two numbers of at least 0 and below 1."
-    if not [name for name, node in tree["objective"].items() if node]:
+    modality = value("clip.modality")
+    for name, node in (value("data.sources") or {}).items():
+        other = value(f"data.sources.{name}.modality") if isinstance(node, Mapping) and "modality" in node else None
+        if None not in (modality, other) and other != modality:
+            yield f"data.sources.{name}.modality: {other!r} is not what clips show; set modality={other}."
+    objectives = value("objective")
+    if objectives is not None and not any(objectives.values()):
         yield "objective: nothing to train on; choose at least one, for example objective=[contrastive]."
 
 
@@ -452,8 +479,13 @@ _RANGES: dict[tuple[str, Callable[[float], bool]], tuple[str, ...]] = {
     ("above 0 and at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay", "cluster.utilisation"),
     ("above 0 and below 1", lambda value: 0 < value < 1): ("optim.ema_decay",),
 }
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-_STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3")
+_POLICIES = ("stop", "skip", "rewind")
+_CHOICES = {
+    "trainer.nan_policy": _POLICIES,
+    "trainer.spike_policy": _POLICIES,
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true"),
+    "trainer.strategy": ("auto", "ddp", "zero1", "zero2", "zero3"),
+}
 
 
 def _divisors(number: int) -> str:

@@ -81,15 +81,7 @@ def _framework(cfg: Any, batches: list[Batch]) -> float:
     torch.manual_seed(0)
     system = assemble(cfg)
     stamps: list[float] = []
-    module = Pretraining(
-        model=system.model,
-        objectives=system.objectives,
-        wirings=system.wirings,
-        weights=system.weights,
-        graph=system.graph,
-        recipe=recipe_of(cfg),
-        loader=lambda start: _Steps(batches),
-    )
+    module = Pretraining(system, recipe=recipe_of(cfg), loader=lambda start: _Steps(batches))
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
         log = MetricsLog(
             MetricsCsv(Path(directory) / "metrics.csv", after_step=0),

@@ -76,6 +76,17 @@ def decode(
         raise ValueError(f"times_s={times_s} must be a list of finite seconds, at least one; check the sampling.")
     if short_side is not None and short_side < 1:
         raise ValueError(f"short_side={short_side} must be at least 1, or None to keep the coded size.")
+    kind = kind_of(data)
+    try:
+        return _decode(data, times_s, kind=kind, short_side=short_side, key_frames=key_frames)
+    except (FFmpegError, OverflowError) as error:  # absurd time bases overflow
+        raise DecodeError(Reason.VIDEO_BROKEN, str(error)) from error
+    except gop.TruncatedError as error:
+        raise DecodeError(Reason.VIDEO_TRUNCATED, f"no frame for {times_s.max():.3f} s") from error
+
+
+def kind_of(data: bytes) -> str:
+    """Return the demuxer of bytes that may be opened. Raises: DecodeError, for none, too many, or an unknown kind."""
     if not data:
         raise DecodeError(Reason.VIDEO_EMPTY)
     if len(data) > LIMITS.max_bytes:
@@ -83,12 +94,7 @@ def decode(
     kind = container_format(data)
     if kind is None:
         raise DecodeError(Reason.VIDEO_BROKEN, f"unknown container, the first bytes are {data[:12].hex(' ')}")
-    try:
-        return _decode(data, times_s, kind=kind, short_side=short_side, key_frames=key_frames)
-    except (FFmpegError, OverflowError) as error:  # absurd time bases overflow
-        raise DecodeError(Reason.VIDEO_BROKEN, str(error)) from error
-    except gop.TruncatedError as error:
-        raise DecodeError(Reason.VIDEO_TRUNCATED, f"no frame for {times_s.max():.3f} s") from error
+    return kind
 
 
 def _decode(

@@ -21,8 +21,8 @@ from av.stream import Discard
 from einops import rearrange
 from torch import Tensor
 
-from vlp.data.container import container_format, open_container
-from vlp.data.decode import Decoded, DecodeError
+from vlp.data.container import open_container
+from vlp.data.decode import Decoded, DecodeError, kind_of
 from vlp.data.probe import LIMITS
 from vlp.types import Reason
 
@@ -182,14 +182,7 @@ def _frames(stream: AudioStream, packets: list[Packet]) -> Iterator[av.AudioFram
 
 
 def _opened(data: bytes) -> InputContainer:
-    if not data:
-        raise DecodeError(Reason.VIDEO_EMPTY)
-    if len(data) > LIMITS.max_bytes:
-        raise DecodeError(Reason.LIMIT_EXCEEDED, f"{len(data)} bytes; at most {LIMITS.max_bytes} are allowed")
-    kind = container_format(data)
-    if kind is None:
-        raise DecodeError(Reason.VIDEO_BROKEN, f"unknown container, the first bytes are {data[:12].hex(' ')}")
-    return open_container(data, kind, decode_to_probe=False, max_pixels=LIMITS.max_pixels)
+    return open_container(data, kind_of(data), decode_to_probe=False, max_pixels=LIMITS.max_pixels)
 
 
 def _first_sound(container: InputContainer) -> AudioStream:

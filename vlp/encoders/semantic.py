@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vlp.encoders.codebook import k_means
+from vlp.layers.pixels import normalised, pixel_affine
 from vlp.layers.quantize import Quantizer
 
 
@@ -25,8 +25,7 @@ class SemanticCodes(nn.Module):
     """
 
     fitted: Tensor
-    pixel_scale: Tensor
-    pixel_shift: Tensor
+    pixel_affine: Tensor
 
     def __init__(
         self,
@@ -42,21 +41,19 @@ class SemanticCodes(nn.Module):
         self.quantizer = Quantizer(dim=int(encoder.dim), num_codes=num_codes, code_dim=code_dim)  # type: ignore[arg-type]
         self.num_codes = num_codes
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
-        self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
+        self.register_buffer("pixel_affine", pixel_affine(mean, std), persistent=False)
 
     def fit(self, frames: Iterable[Tensor], *, seed: int) -> None:
         """Spread the codes over what an encoder that nobody has trained sees; a trained tokenizer is fitted already."""
-        fit_codes(self.video_encoder, self.quantizer, (self._pixels(clips) for clips in frames), seed=seed)
+        clips = (normalised(each, self.pixel_affine) for each in frames)
+        fit_codes(self.video_encoder, self.quantizer, clips, seed=seed)
         self.fitted.fill_(True)
 
     @torch.no_grad()
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
         """Map [B, T, H, W, 3] uint8 under [B, T] bool (True = real) to codes [B, T, h, w] int64."""
-        return self.quantizer(self.video_encoder(self._pixels(frames), frame_mask, None).x).codes
-
-    def _pixels(self, frames: Tensor) -> Tensor:
-        return rearrange(torch.addcmul(self.pixel_shift, frames, self.pixel_scale), "b t h w c -> b t c h w")
+        pixels = normalised(frames, self.pixel_affine)
+        return self.quantizer(self.video_encoder(pixels, frame_mask, None).x).codes
 
 
 @torch.no_grad()

@@ -109,15 +109,6 @@ class Hierarchical:
 class JointBlock(nn.Module):
     """A timm block whose sequence is the whole clip."""
 
-    norm1: nn.Module
-    attn: nn.Module
-    ls1: nn.Module
-    drop_path1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls2: nn.Module
-    drop_path2: nn.Module
-
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         _adopt(self, block)
@@ -125,8 +116,8 @@ class JointBlock(nn.Module):
     def forward(self, x: Tensor, frame_mask: Tensor | None, num_prefix: int, num_frames: int) -> Tensor:
         """Map [B, N, D] to [B, N, D]; nothing looks at the patches of unreal frames."""
         mask = _token_mask(frame_mask, num_prefix, (x.shape[1] - num_prefix) // num_frames)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + _attention(self, x, mask)
+        return x + _mlp(self, x)
 
 
 class DividedBlock(nn.Module):
@@ -139,10 +130,6 @@ class DividedBlock(nn.Module):
     attn: nn.Module
     ls1: nn.Module
     drop_path1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls2: nn.Module
-    drop_path2: nn.Module
 
     def __init__(self, block: nn.Module, *, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -155,7 +142,7 @@ class DividedBlock(nn.Module):
         cells = cells + self.drop_path1(self.time(cells, frame_mask, num_frames))
         x = torch.cat([prefix, cells], dim=1)
         x = x + self.drop_path1(self._over_space(prefix, cells, frame_mask, num_frames))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + _mlp(self, x)
 
     def _over_space(self, prefix: Tensor, cells: Tensor, frame_mask: Tensor | None, num_frames: int) -> Tensor:
         num_prefix = prefix.shape[1]
@@ -174,14 +161,7 @@ class DividedBlock(nn.Module):
 class ClassDividedBlock(nn.Module):
     """A timm block behind an attention over time; both attentions let patches see the prefix, which sees all."""
 
-    norm1: nn.Module
     attn: Any
-    ls1: nn.Module
-    drop_path1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls2: nn.Module
-    drop_path2: nn.Module
 
     def __init__(self, block: nn.Module, *, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -197,9 +177,8 @@ class ClassDividedBlock(nn.Module):
     def forward(self, x: Tensor, frame_mask: Tensor | None, num_prefix: int, num_frames: int) -> Tensor:
         """Map [B, N, D] to [B, N, D]; real frames and the prefix do not see unreal frames."""
         over_time = x + self.time_attn(self.time_norm(x), frame_mask, num_prefix, num_frames)
-        over_space = self.attn(self.norm1(over_time), frame_mask, num_prefix, num_frames)
-        x = x + self.drop_path1(self.ls1(over_space))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + _attention(self, over_time, frame_mask, num_prefix, num_frames)
+        return x + _mlp(self, x)
 
 
 class GroupAttention(nn.Module):
@@ -236,14 +215,7 @@ class GroupAttention(nn.Module):
 class HierarchicalBlock(nn.Module):
     """A timm block behind an attention over time at each place; its own attention sees what `sees.mask` says."""
 
-    norm1: nn.Module
-    attn: nn.Module
-    ls1: nn.Module
     drop_path1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls2: nn.Module
-    drop_path2: nn.Module
 
     def __init__(self, block: nn.Module, *, dim: int, num_heads: int, sees: Hierarchical) -> None:
         super().__init__()
@@ -260,8 +232,8 @@ class HierarchicalBlock(nn.Module):
         mask = self.sees.mask(num_prefix, num_frames, num_patches, x.device)[None, None]  # [1, 1, N, N]
         if frame_mask is not None:
             mask = mask & _token_mask(frame_mask, num_prefix, num_patches)[:, None, None]
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + _attention(self, x, mask)
+        return x + _mlp(self, x)
 
 
 class TimeBranch(nn.Module):
@@ -321,3 +293,13 @@ def _adopt(target: nn.Module, block: nn.Module) -> None:
         )
     for name, child in block.named_children():
         setattr(target, name, child)
+
+
+def _attention(block: Any, x: Tensor, *what_is_seen: Any) -> Tensor:
+    """Return the attention branch of a block with the children of a timm block."""
+    return block.drop_path1(block.ls1(block.attn(block.norm1(x), *what_is_seen)))
+
+
+def _mlp(block: Any, x: Tensor) -> Tensor:
+    """Return the other branch."""
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -9,13 +9,13 @@ Axes: B clips, T frames, C channels, H W pixels or cells, L text length, D width
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vlp.encoders.semantic import fit_codes
 from vlp.forward import quantity
+from vlp.layers.pixels import pixel_affine
 from vlp.layers.quantize import Quantized, Quantizer
+from vlp.models import shared_space
 from vlp.types import Grid, Tokens
 
 
@@ -30,8 +30,9 @@ class SemanticTokenizer(nn.Module):
     """
 
     fitted: Tensor
-    pixel_scale: Tensor
-    pixel_shift: Tensor
+    pixels = shared_space.pixels
+    video_embed, text_embed = shared_space.video_embed, shared_space.text_embed
+    logit_scale = shared_space.logit_scale
 
     def __init__(
         self,
@@ -56,18 +57,12 @@ class SemanticTokenizer(nn.Module):
         self.text_projection = nn.Linear(text_width, embed_dim, bias=False)
         self.temperature = temperature
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
-        self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
+        self.register_buffer("pixel_affine", pixel_affine(mean, std), persistent=False)
 
     def fit(self, frames: Iterable[Tensor], *, seed: int) -> None:
         """Start the codes where the untrained encoder puts the cells of training clips."""
         fit_codes(self.video_encoder, self.quantizer, (self.pixels(clips) for clips in frames), seed=seed)
         self.fitted.fill_(True)
-
-    @quantity
-    def pixels(self, frames: Tensor) -> Tensor:
-        """Normalise uint8 [B, T, H, W, C] on the device to float [B, T, C, H, W]."""
-        return rearrange(torch.addcmul(self.pixel_shift, frames, self.pixel_scale), "b t h w c -> b t c h w")
 
     @quantity
     def encoded(self, pixels: Tensor, frame_mask: Tensor) -> Grid:
@@ -98,21 +93,6 @@ class SemanticTokenizer(nn.Module):
     def text(self, text_ids: Tensor, text_mask: Tensor) -> Tokens:
         """Encode the caption."""
         return self.text_encoder(text_ids, text_mask)
-
-    @quantity
-    def video_embed(self, video: Grid) -> Tensor:
-        """Return unit vectors [B, E]."""
-        return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
-
-    @quantity
-    def text_embed(self, text: Tokens) -> Tensor:
-        """Return unit vectors [B, E]."""
-        return F.normalize(self.text_projection(self.text_pool(text)), dim=-1)
-
-    @quantity
-    def logit_scale(self) -> Tensor:
-        """Return 1 / temperature, a scalar."""
-        return self.temperature()
 
     def shape_errors(self, quantities: set[str]) -> list[str]:
         """Return one line for each pair of parts that do not fit together."""

@@ -9,12 +9,11 @@ Axes: B clips, T frames, C channels, H W pixels or cells, L text length, D width
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from vlp.forward import quantity
+from vlp.layers.pixels import pixel_affine
+from vlp.models import shared_space
 from vlp.types import Fused, Grid, Tokens
 
 
@@ -27,8 +26,9 @@ class Unified(nn.Module):
         temperature: see vlp.layers.temperature. mean, std: of the pixels, in [0, 1], per channel.
     """
 
-    pixel_scale: Tensor
-    pixel_shift: Tensor
+    pixels = shared_space.pixels
+    video_embed, text_embed = shared_space.video_embed, shared_space.text_embed
+    logit_scale = shared_space.logit_scale
 
     def __init__(
         self,
@@ -48,13 +48,7 @@ class Unified(nn.Module):
         self.video_projection = nn.Linear(dim, embed_dim, bias=False)
         self.text_projection = nn.Linear(dim, embed_dim, bias=False)
         self.temperature = temperature
-        self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
-        self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
-
-    @quantity
-    def pixels(self, frames: Tensor) -> Tensor:
-        """Normalise uint8 [B, T, H, W, C] on the device to float [B, T, C, H, W]."""
-        return rearrange(torch.addcmul(self.pixel_shift, frames, self.pixel_scale), "b t h w c -> b t c h w")
+        self.register_buffer("pixel_affine", pixel_affine(mean, std), persistent=False)
 
     @quantity
     def video(self, pixels: Tensor, frame_mask: Tensor) -> Grid:
@@ -65,21 +59,6 @@ class Unified(nn.Module):
     def text(self, text_ids: Tensor, text_mask: Tensor) -> Tokens:
         """Return the stream over words alone."""
         return self.stream(text_ids, text_mask, None, None).text
-
-    @quantity
-    def video_embed(self, video: Grid) -> Tensor:
-        """Return unit vectors [B, E]."""
-        return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
-
-    @quantity
-    def text_embed(self, text: Tokens) -> Tensor:
-        """Return unit vectors [B, E]."""
-        return F.normalize(self.text_projection(self.text_pool(text)), dim=-1)
-
-    @quantity
-    def logit_scale(self) -> Tensor:
-        """Return 1 / temperature, a scalar."""
-        return self.temperature()
 
     @quantity
     def fused(self, pixels: Tensor, frame_mask: Tensor, text_ids: Tensor, text_mask: Tensor) -> Fused:

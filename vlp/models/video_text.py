@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vlp.forward import quantity
 from vlp.fusion.joint_post import JointPostFusion
+from vlp.layers.pixels import pixel_affine
+from vlp.models import shared_space
 from vlp.types import AttentionMass, Fused, Grid, Tokens
 
 
@@ -42,8 +43,9 @@ class VideoText(nn.Module):
 
     fusion: Any  # a module, or None; the graph refuses quantities of a part that is left out
     decoder: Any
-    pixel_scale: Tensor
-    pixel_shift: Tensor
+    pixels = shared_space.pixels
+    video_embed, text_embed = shared_space.video_embed, shared_space.text_embed
+    logit_scale = shared_space.logit_scale
 
     def __init__(
         self,
@@ -74,13 +76,7 @@ class VideoText(nn.Module):
         self.text_projection = nn.Linear(_width(text), embed_dim, bias=projection_bias)
         self.temperature = temperature
         self.fusion, self.decoder = fusion, decoder
-        self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
-        self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
-
-    @quantity
-    def pixels(self, frames: Tensor) -> Tensor:
-        """Normalise uint8 [B, T, H, W, C] on the device to float [B, T, C, H, W]."""
-        return rearrange(torch.addcmul(self.pixel_shift, frames, self.pixel_scale), "b t h w c -> b t c h w")
+        self.register_buffer("pixel_affine", pixel_affine(mean, std), persistent=False)
 
     @quantity
     def encoded(self, pixels: Tensor, frame_mask: Tensor, hidden: Tensor | None = None) -> Grid:
@@ -106,7 +102,7 @@ class VideoText(nn.Module):
     @quantity
     def texts_embed(self, text_embed: Tensor, more_text: Tokens) -> Tensor:
         """Return unit vectors [B, 1 + K, E] of all texts of a clip, that of the batch first."""
-        more = F.normalize(self.text_projection(self.text_pool(more_text)), dim=-1)
+        more = self.text_embed(more_text)  # [B*K, E]
         return torch.cat([text_embed[:, None], rearrange(more, "(b k) e -> b k e", b=len(text_embed))], dim=1)
 
     @quantity
@@ -125,11 +121,6 @@ class VideoText(nn.Module):
         return valid & text_there[:, 1]
 
     @quantity
-    def video_embed(self, video: Grid) -> Tensor:
-        """Return unit vectors [B, E]."""
-        return F.normalize(self.video_projection(self.video_pool(video)), dim=-1)
-
-    @quantity
     def more_video(self, more_frames: Tensor, more_frame_mask: Tensor) -> Grid:
         """Encode the other clips of the samples as a Grid of B*K clips."""
         frames, mask = (rearrange(x, "b k ... -> (b k) ...") for x in (more_frames, more_frame_mask))
@@ -138,23 +129,13 @@ class VideoText(nn.Module):
     @quantity
     def clips_embed(self, video_embed: Tensor, more_video: Grid) -> Tensor:
         """Return unit vectors [B, 1 + K, E] of all clips of a sample, that of `frames` first."""
-        more = F.normalize(self.video_projection(self.video_pool(more_video)), dim=-1)
+        more = self.video_embed(more_video)  # [B*K, E]
         return torch.cat([video_embed[:, None], rearrange(more, "(b k) e -> b k e", b=len(video_embed))], dim=1)
 
     @quantity
     def second_clip_embed(self, clips_embed: Tensor) -> Tensor:
         """Return unit vectors [B, E] of the second clip of each sample."""
         return clips_embed[:, 1]
-
-    @quantity
-    def text_embed(self, text: Tokens) -> Tensor:
-        """Return unit vectors [B, E]."""
-        return F.normalize(self.text_projection(self.text_pool(text)), dim=-1)
-
-    @quantity
-    def logit_scale(self) -> Tensor:
-        """Return 1 / temperature, a scalar."""
-        return self.temperature()
 
     @quantity
     def fused(self, video: Grid, text: Tokens) -> Fused:

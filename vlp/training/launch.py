@@ -283,16 +283,7 @@ class Attempt:
     def _module(self) -> Pretraining:
         cfg, system = self.cfg, self.system
         recipe = recipe_of(cfg)
-        module = Pretraining(
-            model=system.model,
-            objectives=system.objectives,
-            wirings=system.wirings,
-            weights=system.weights,
-            graph=system.graph,
-            recipe=recipe,
-            loader=self._loader,
-            guard=self._guard(),
-        )
+        module = Pretraining(system, recipe=recipe, loader=self._loader, guard=self._guard())
         module.mark = self.watchdog.mark
         self._start_from(module)
         try:

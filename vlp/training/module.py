@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from vlp import dist
 from vlp.data.rng import mix
-from vlp.forward import ForwardPass, Graph, Node, Wiring
+from vlp.forward import ForwardPass, Node, Wiring
 from vlp.layers.temperature import Temperature
 from vlp.objectives.combine import Combined, combine, global_counts
 from vlp.training import optim, state
+from vlp.training.assemble import System
 from vlp.training.ema import Ema
 from vlp.training.guard import Guard, NonFiniteError
 from vlp.training.precision import LossScale, Precision
@@ -55,36 +56,31 @@ class Pretraining(pl.LightningModule):
     """Trains a model family under objectives.
 
     Args:
-        model: the model family. objectives: name -> module with `inputs`, `count` and `forward` -> Term.
-        wirings: name -> role -> node names. weights: name -> factor.
-        graph: of the model under the config's views. recipe: see Recipe.
+        system: the model family, and objectives with `inputs`, `count` and `forward` -> Term. recipe: see Recipe.
         loader: first step -> iterable of this rank's StepBatches up to the last step.
         guard: looks at each step; None stops at the first bad one.
     """
 
     def __init__(
         self,
+        system: System,
         *,
-        model: nn.Module,
-        objectives: Mapping[str, nn.Module],
-        wirings: Mapping[str, Wiring],
-        weights: Mapping[str, float],
-        graph: Graph,
         recipe: Recipe,
         loader: Callable[[int], Any],
         guard: Guard | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model = model
-        self.objectives = nn.ModuleDict(objectives)
-        self.wirings, self.weights, self.graph, self.recipe, self.loader = wirings, weights, graph, recipe, loader
+        self.model = system.model
+        self.objectives = nn.ModuleDict(system.objectives)
+        self.wirings, self.weights, self.graph = system.wirings, system.weights, system.graph
+        self.recipe, self.loader = recipe, loader
         self.update: Update | None = None  # once the strategy is set up
         self.ema: Ema | None = None
         self.guard = guard or Guard.strict()
-        self.counters: dict[str, Any] = {name: objective.count for name, objective in objectives.items()}
-        self.count_wirings = {name: _count_wiring(objectives[name], wiring) for name, wiring in wirings.items()}
-        self.whole_step = WholeStep(objectives, wirings)
+        self.counters: dict[str, Any] = {name: objective.count for name, objective in system.objectives.items()}
+        self.count_wirings = {n: _count_wiring(system.objectives[n], wiring) for n, wiring in system.wirings.items()}
+        self.whole_step = WholeStep(system.objectives, system.wirings)
         self.cursor = 0  # steps of the plan that are done, skipped ones included: the data position
         self.stored: state.Stored | None = None  # the checkpoint that the run continues from
         self.scale_state: Mapping[str, Any] | None = None  # of the loss, there

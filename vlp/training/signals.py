@@ -16,14 +16,18 @@ _received: list[str] = []
 
 
 def listen() -> None:
-    """Let the signals set the flag from now on."""
+    """Let the signals set the flag from now on, also those that were held back until this process began."""
     for number in SIGNALS:
         signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Listen inside the block, and forget at its end what was told; in the main thread only, which handles signals."""
+    """Listen inside the block; at its end, what was told is forgotten where nobody had listened before.
+
+    In the main thread only, which handles signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -32,14 +36,15 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _received.clear()
+        if _note not in before.values():
+            _received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Hold the signals back in this thread: a process that is started inside never gets them."""
+    """Hold the signals back in this thread: a process that is started inside never gets them, unless it listens."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

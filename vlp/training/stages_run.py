@@ -11,6 +11,7 @@ stage nothing is left in the next, such as its process group.
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,9 +21,9 @@ from omegaconf import DictConfig
 from vlp import config, stages
 from vlp.report import cells
 from vlp.stages import Stages
-from vlp.training import redact, run_dir, sweep_local
+from vlp.training import redact, run_dir, signals, sweep_local
 from vlp.training.assemble import assemble, plain
-from vlp.training.exits import Exit
+from vlp.training.exits import Exit, StopRun
 
 _PASSED = "VLP_STAGES_DONE"  # how many stages this command has finished: other ranks end before the record says so
 
@@ -44,8 +45,13 @@ def main(words: Sequence[str], train: Callable[[Callable[[], DictConfig]], int])
         return Exit.DONE
     print(f"stage {number + 1} of {len(configs)}: {plan.stages[number].name}", flush=True)
     code = train(lambda: configs[number])
-    if code == Exit.DONE and number + 1 < len(configs) and not _has_a_launcher_of_ours(environment):
-        _become_next(words, {**environment, _PASSED: str(number + 1)})
+    if code != Exit.DONE or number + 1 == len(configs):
+        return code
+    with signals.held():  # one that comes from here on waits until the new process listens
+        if (name := signals.told()) is not None:
+            raise StopRun(Exit.PREEMPTED, f"stopped by {name} before stage {number + 2}.")
+        if not _has_a_launcher_of_ours(environment):
+            _become_next(words, {**environment, **_meeting_point(environment), _PASSED: str(number + 1)})
     return code
 
 
@@ -105,8 +111,17 @@ def _has_a_launcher_of_ours(environment: Mapping[str, str]) -> bool:
     return "LOCAL_RANK" in environment and not {"RANK", "SLURM_PROCID"} & environment.keys()
 
 
+def _meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the port of the next stage: at that of this one, the first rank may still be when others come back."""
+    port = environment.get("MASTER_PORT")
+    return {} if port is None else {"MASTER_PORT": str(int(port) + 1)}
+
+
 def _become_next(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 65536)  # ports among them
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # ports among them; threads of gloo still use theirs
+        if descriptor > 2:
+            with suppress(OSError):  # that of the listing itself
+                os.set_inheritable(descriptor, False)
     os.execve(sys.executable, [sys.executable, str(sweep_local.ROOT / "train.py"), *words], dict(environment))
