@@ -162,6 +162,11 @@ def test_a_signal_between_two_stages_is_not_lost(tmp_path, moment):
     assert process.returncode == Exit.PREEMPTED and status(tmp_path, "plan-2") == (cells.WAITING, 0), said
 
 
+def test_ranks_of_a_scheduler_meet_at_another_port_in_each_stage():
+    assert stages_run._meeting_point({"MASTER_PORT": "12007"}) == {"MASTER_PORT": "12008"}
+    assert stages_run._meeting_point({}) == {}
+
+
 def test_a_lost_rank_is_counted_in_the_stage_that_lost_it(tmp_path, capsys):
     words = line(tmp_path, *SHORT)
     (tmp_path / "runs" / "plan-1").mkdir(parents=True)
