@@ -7,6 +7,7 @@ from tiny_runs import train, weights
 from torch import nn
 
 from vlp import config
+from vlp.connectors.frame_tokens import FrameTokens
 from vlp.layers.position import LearnedPositions, SpacePositions
 from vlp.training import init
 from vlp.training.exits import Exit
@@ -43,6 +44,15 @@ def test_position_tables_are_resized_and_words_keep_their_rows(tmp_path):
     assert "time_positions.table: [4, 3] to [7, 3]" in report.text()
 
 
+def test_tables_of_frame_tokens_are_resized(tmp_path):
+    small, large = (
+        FrameTokens(in_dim=3, dim=3, num_frames=frames, size=size, patch_size=8) for frames, size in ((4, 16), (7, 32))
+    )
+    report = init.start_from(large, saved(small, tmp_path / "small.safetensors"))
+    torch.testing.assert_close(large.times.table[[0, 2, 6]], small.times.table[[0, 1, 3]])
+    assert report.resized == ["places.table: [2, 2, 3] to [4, 4, 3]", "times.table: [4, 3] to [7, 3]"]
+
+
 def test_every_tensor_is_accounted_for(tmp_path):
     source = nn.ModuleDict({"a": nn.Linear(2, 3), "old": nn.Linear(2, 2)})
     target = nn.ModuleDict({"a": nn.Linear(2, 3), "new": nn.Linear(2, 2), "b": nn.Linear(1, 1)})
@@ -51,7 +61,7 @@ def test_every_tensor_is_accounted_for(tmp_path):
     assert target["a"].weight.equal(source["a"].weight) and not target["b"].weight.equal(source["b"].weight)
     assert report.missing == ["new.bias", "new.weight"] and report.left_over == ["old.bias", "old.weight"]
     assert report.skipped == ["b.bias", "b.weight"]
-    assert "start at random: new.bias (1), new.weight (1)" in report.text()
+    assert "not in it, start as built: new.bias (1), new.weight (1)" in report.text()
 
 
 def test_a_part_takes_the_weights_of_another_place(tmp_path):

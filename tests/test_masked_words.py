@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertLMPredictionHead
 
 from vlp.objectives.masked_words import MaskedWords
 from vlp.types import IGNORE_INDEX, Tokens
@@ -19,6 +21,16 @@ def make() -> tuple[MaskedWords, Tensor]:
 def by_hand(objective: MaskedWords, x: Tensor) -> Tensor:
     rows = [(x[b, i], LABELS[b, i]) for b in range(3) for i in range(3) if LABELS[b, i] >= 0]
     return -sum(objective.head(row).log_softmax(-1)[label] for row, label in rows)
+
+
+@torch.no_grad()
+def test_head_is_that_of_bert():
+    theirs = BertLMPredictionHead(BertConfig(hidden_size=5, vocab_size=7))
+    ours = MaskedWords(dim=5, vocab_size=7)
+    ours.head[0].load_state_dict(theirs.transform.dense.state_dict())
+    ours.head[3].load_state_dict({"weight": theirs.decoder.weight, "bias": theirs.bias})
+    x = 0.1 * torch.randn(2, 3, 5)  # what its norm sees is small, so that its eps counts
+    torch.testing.assert_close(ours.score(Tokens(x, MASK[:2])), theirs(x), atol=1e-6, rtol=1e-5)
 
 
 def test_value_and_gradient_equal_the_reference():

@@ -11,8 +11,9 @@ from vlp import config
 from vlp.planning import cluster, memory
 from vlp.planning.command import main
 from vlp.planning.estimate import estimate
+from vlp.planning.page import page
 from vlp.planning.system import build
-from vlp.planning.trace import costs, peak
+from vlp.planning.trace import LARGEST_KNOWN, Shapes, costs, peak
 from vlp.training.assemble import assemble
 from vlp.training.exits import Exit
 
@@ -37,6 +38,30 @@ def test_a_view_costs_its_quantities_again():
     found = {cost.name: cost.forward for cost in costs(build(cfg), 2)}
     assert found["text:masked_words"] == found["text"] > 0
     assert "encoded:masked_words" not in found and found["fused:masked_words"] > 0
+
+
+def test_nothing_is_read_for_a_plan():
+    """VIOLET's codes, whose weights are a file of the user's."""
+    assert build(config.load(["+experiment=violet"])).system.objectives["masked_visual"].tokenizer.num_codes == 8192
+
+
+def test_masks_over_pairs_of_tokens_are_shapes():
+    with Shapes([]):
+        known = torch.ones(LARGEST_KNOWN // 2**11, 1, dtype=torch.bool).to("meta")
+        narrow, wide = (known & torch.ones(1, width, dtype=torch.bool) for width in (2**11, 2**11 + 1))
+    assert "known" in vars(narrow) and "known" not in vars(wide)
+
+
+def test_what_would_fit_does():
+    small = config.load([*TOWERS, "data.batch_size=48", "cluster.gpus_per_node=2", "cluster.reserved_gib=79.4"])
+    line = next(line for line in page("x", small, estimate(small)).splitlines() if "does NOT fit" in line)
+    ways = [way.split() for way in line.partition("what would: ")[2].split(", or ")]
+    assert len(ways) == 2 and "trainer.checkpoint_activations=true" in ways[1]
+    for way in ways:
+        changed = config.load(
+            [*TOWERS, "data.batch_size=48", "cluster.gpus_per_node=2", "cluster.reserved_gib=79.4", *way]
+        )
+        assert ": fits" in page("x", changed, estimate(changed))
 
 
 def test_every_text_of_a_sample_is_counted():

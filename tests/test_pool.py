@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlp.layers.grid import grid_tokens, tokens_grid
-from vlp.layers.pool import AttentionPool, ClsPool, LastPool, MeanPool
+from vlp.layers.pool import AttentionPool, ClsPool, LastPool, MeanPool, UnitFramePool
 from vlp.layers.position import LearnedPositions, SpacePositions, resize_space, resize_time, sine_table
 from vlp.types import Grid, Tokens
 
@@ -55,6 +55,13 @@ def test_cls_pool_averages_class_tokens_of_real_frames():
     torch.testing.assert_close(ClsPool(dim=D)(grid(T))[0], prefix[0, :2].mean(0))
     assert torch.equal(ClsPool(dim=D)(grid(1)), grid(1).prefix[:, 0])
     assert torch.equal(ClsPool(dim=D)(words()), words().x[:, 0])
+
+
+def test_unit_frame_pool_averages_directions_of_real_frames():
+    prefix = grid(T).prefix
+    expected = (prefix[0, 0] / prefix[0, 0].norm() + prefix[0, 1] / prefix[0, 1].norm()) / 2
+    torch.testing.assert_close(UnitFramePool(dim=D)(grid(T))[0], expected)
+    torch.testing.assert_close(UnitFramePool(dim=D)(grid(T, hole=9.0)), UnitFramePool(dim=D)(grid(T)))
 
 
 def test_last_pool_takes_the_last_real_token():

@@ -1,16 +1,19 @@
 """Published weights under vlp's names. Axes: B clips, T frames, L words."""
 
+import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fixed_weights import wave
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, DistilBertConfig, DistilBertModel
 
 from vlp import config
 from vlp.forward import ForwardPass
@@ -35,7 +38,7 @@ def hugging_face() -> CLIPModel:
     return CLIPModel(made).eval()
 
 
-def ours(experiment: str = "clip"):
+def ours(experiment: str = "clip", *more: str):
     words = [
         f"{k}={v}" for k, v in {"vocab_size": 30, "max_length": 7, "bos_id": 27, "eos_id": 29, "pad_id": 29}.items()
     ]
@@ -54,6 +57,7 @@ def ours(experiment: str = "clip"):
                 "video.facts.dim=24",
                 "video.facts.patch_size=8",
                 "model.embed_dim=12",
+                *more,
             ]
         )
     )
@@ -117,10 +121,15 @@ def test_openai_names_hold_the_same_tensors_as_hugging_faces():
     for name, tensor in published.convert(source, "hf_clip").tensors.items():
         assert torch.equal(renamed.pop(name), tensor), name
     assert not renamed
-    four = {f"clip.{name}": tensor for name, tensor in openai(source).items()} | {"cross.pooler.weight": torch.ones(2)}
-    found = published.convert(four, "clip4clip")
-    assert len(found.tensors) == len(published.convert(source, "hf_clip").tensors)
-    assert list(found.left_out) == ["cross.pooler.weight"]
+
+
+def test_clip4clip_fills_every_parameter_of_its_experiment():
+    heads = {"cross.pooler.weight", "lstm_visual.weight_ih_l0", "transformerClip.resblocks.0.ln_1.bias"}
+    tensors = {f"clip.{name}": tensor for name, tensor in openai(hugging_face().state_dict()).items()}
+    found = published.convert(tensors | dict.fromkeys(heads, torch.ones(2)), "clip4clip")
+    own = once(nn.ModuleDict({"model": ours("clip4clip").model}))
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {n: t.shape for n, t in own.items()}
+    assert set(found.left_out) == heads
 
 
 def openai(source: dict) -> dict:
@@ -244,13 +253,39 @@ def violet_names() -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.filterwarnings("ignore:DiscreteVae without weights")
 def test_violet_fills_every_parameter_of_its_experiment():
-    wanted = names_of("violet", "objective.masked_visual.tokenizer.path=null", "connector.frame_tokens.num_frames=6")
+    wanted = names_of("violet", "objective.masked_visual.tokenizer.path=null")
     own = {n: s for n, s in wanted.items() if not n.startswith("objectives.masked_visual.tokenizer.")}
     swin = {n.replace("model.video_encoder.", "enc_img.swin."): s for n, s in own.items() if "video_encoder" in n}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in {**violet_names(), **swin}.items()}
     found = published.convert(tensors, "violet")
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == own
     assert set(found.left_out) == {"enc_txt.emb_txt.position_ids", "enc_txt.emb_txt.token_type_embeddings.weight"}
+
+
+def frozen_names() -> dict[str, tuple[int, ...]]:
+    """Of the released model: a ViT-B/16 with attention over time, and DistilBERT-base."""
+    names = {"cls_token": (1, 1, 768), "pos_embed": (1, 197, 768), "temporal_embed": (1, 4, 768)}
+    layers = {"patch_embed.proj": (768, 3, 16, 16)}
+    norms = {"norm"} | {f"blocks.{n}.norm{place}" for n in range(12) for place in (1, 2, 3)}
+    for block in (f"blocks.{n}" for n in range(12)):
+        for attn in ("attn", "timeattn"):
+            layers |= {f"{block}.{attn}.qkv": (2304, 768), f"{block}.{attn}.proj": (768, 768)}
+        layers |= {f"{block}.mlp.fc1": (3072, 768), f"{block}.mlp.fc2": (768, 3072)}
+    names |= {f"{norm}.{kind}": (768,) for norm in norms for kind in ("weight", "bias")}
+    names |= {f"{name}.weight": shape for name, shape in layers.items()}
+    names |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+    with torch.device("meta"):
+        text = {f"text_model.{n}": tuple(t.shape) for n, t in DistilBertModel(DistilBertConfig()).state_dict().items()}
+    heads = {f"{head}.weight": (256, 768) for head in ("txt_proj.1", "vid_proj.0")}
+    heads |= {f"{head}.bias": (256,) for head in ("txt_proj.1", "vid_proj.0")}
+    return {f"video_model.{name}": shape for name, shape in names.items()} | text | heads
+
+
+def test_frozen_in_time_fills_every_parameter_of_its_experiment_and_brings_its_temperature():
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in frozen_names().items()}
+    found = published.convert(tensors, "frozen").tensors
+    assert {name: tensor.shape for name, tensor in found.items()} == names_of("frozen_in_time_video", "init.run=null")
+    torch.testing.assert_close(found["model.temperature.value"].exp(), torch.tensor([20.0]))
 
 
 @pytest.mark.parametrize("below", [".base_layer", ""])  # of newer and of older releases of peft
@@ -293,20 +328,35 @@ def test_what_no_rule_knows_is_refused_and_never_skipped(tmp_path):
         published.convert({"surprise.weight": torch.zeros(1)}, "frozen")
     with pytest.raises(config.ConfigError, match=r"--from clap: unknown; known are violet, frozen"):
         published.convert({}, "clap")
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "config": object()}, tmp_path / "x.pth")
-    with pytest.raises(config.ConfigError, match="holds more than tensors"):
-        published.import_file(tmp_path / "x.pth", "frozen")
+
+
+class Settings:
+    """An object that a training script keeps beside its weights; loading it would copy a file."""
+
+    def __init__(self, source: Path, canary: Path) -> None:
+        self.paths = (source, canary)
+
+    def __reduce__(self) -> tuple:
+        return (shutil.copyfile, tuple(str(path) for path in self.paths), {"path": self.paths[0]})
+
+
+def test_objects_beside_the_tensors_are_left_out_and_never_made(tmp_path):
+    (tmp_path / "source").write_text("")
+    found = {"state_dict": {"module.vid_proj.0.bias": torch.ones(2)}, "monitor_best": np.float64(1)}
+    torch.save(found | {"config": Settings(tmp_path / "source", tmp_path / "canary")}, tmp_path / "x.pth")
+    assert published.import_file(tmp_path / "x.pth", "frozen").tensors["model.video_projection.bias"].tolist() == [1, 1]
+    assert not (tmp_path / "canary").exists()
 
 
 def test_files_are_read_under_their_wrappers(tmp_path):
-    save_file({"module.txt_proj.1.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
-    found = published.import_file(tmp_path / "x.safetensors", "frozen")
-    assert list(found.tensors) == ["model.text_projection.weight"] and not found.left_out
+    save_file({"module.token_type_embeddings.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    found = published.import_file(tmp_path / "x.safetensors", "all_in_one")
+    assert list(found.tensors) == ["model.stream.types.weight"] and not found.left_out
 
 
 def test_the_command_writes_what_a_run_starts_from(tmp_path):
-    save_file({"txt_proj.1.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
-    words = ["import", "--from", "frozen", str(tmp_path / "x.safetensors"), str(tmp_path / "out.safetensors")]
+    save_file({"text_projection.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    words = ["import", "--from", "hf_clip", str(tmp_path / "x.safetensors"), str(tmp_path / "out.safetensors")]
     done = subprocess.run([sys.executable, "scripts/convert.py", *words], capture_output=True, text=True, check=True)
     assert "1 tensors, 0 left out" in done.stdout
     assert list(load_file(tmp_path / "out.safetensors")) == ["model.text_projection.weight"]

@@ -107,8 +107,16 @@ def test_plan_prints_each_stage_and_the_sum(tmp_path, capsys):
     words = line(tmp_path, *SHORT, more=["cluster.gpus_per_node=1", "trainer.max_steps=7"])
     assert command.main(words) == Exit.DONE
     head, one, two, total = capsys.readouterr().out.splitlines()
-    assert one.split()[:2] == ["plan-1", "7"] and two.split()[3] == "3" and total.split()[2] == "14"
-    assert head.split()[-1] == "GPU-hours"
+    assert one.split()[:6] == ["plan-1", "1", "x", "1", "h100", "7"] and two.split()[7] == "3"
+    assert head.split()[-1] == "GPU-hours" and total.split()[2] == "14"
+    assert int(total.split()[3]) == sum(int(each.split()[6]) for each in (one, two)) > 0
+
+
+def test_a_plan_needs_no_file_of_weights_and_a_run_of_stages_does(tmp_path):
+    words = line(tmp_path, [f"++video.checkpoint_path={tmp_path}/absent.pth"], base=["+experiment=clip"])
+    assert len(stages_run.check(stages.parse(words), with_weights=False)) == 1
+    with pytest.raises(config.ConfigError, match=r"absent\.pth' does not exist"):
+        stages_run.check(stages.parse(words))
 
 
 @pytest.mark.slow

@@ -29,6 +29,15 @@ def ids() -> torch.Tensor:
     return torch.randint(4, VOCAB, (B, L), generator=torch.Generator().manual_seed(1)).masked_fill(~MASK, 1)
 
 
+@torch.no_grad()
+def test_embeddings_alone_are_those_of_bert():
+    theirs = BertModel(BertConfig(vocab_size=VOCAB, pad_token_id=1, **SIZES)).embeddings.eval()
+    ours = EmbeddingText(vocab_size=VOCAB, dim=DIM, max_length=512, pad_id=1).eval()
+    ours.words.weight.copy_(theirs.word_embeddings.weight)  # small at first, where the eps of the norm counts
+    ours.positions.table.copy_(theirs.position_embeddings.weight + theirs.token_type_embeddings.weight[0])
+    torch.testing.assert_close(ours(ids(), MASK).x, theirs(ids()), atol=1e-5, rtol=1e-5)
+
+
 @FAMILIES
 def test_text_gives_tokens_and_a_gradient_to_every_parameter(family):
     model = build(family)
@@ -169,7 +178,7 @@ def test_embedding_text_equals_its_formula():
     model = EmbeddingText(vocab_size=VOCAB, dim=DIM, max_length=9, pad_id=1)
     expected = model.words.weight[ids()] + model.positions.table[:L]
     out = model(ids(), MASK)
-    torch.testing.assert_close(out.x, torch.nn.functional.layer_norm(expected, (DIM,)))
+    torch.testing.assert_close(out.x, torch.nn.functional.layer_norm(expected, (DIM,), eps=1e-12))
     out.x.square().sum().backward()
     assert model.dim == DIM and all(p.grad is not None for p in model.parameters())
 

@@ -60,7 +60,10 @@ class SemanticCodes(nn.Module):
 def fit_codes(
     encoder: nn.Module, quantizer: Quantizer, clips: Iterable[Tensor], *, seed: int, max_vectors: int = 100_000
 ) -> None:
-    """Put the codes where vectors are, by k-means: codes that are far from all vectors are never chosen, nor trained.
+    """Put the middle of all cells at zero, and the codes where their directions are, by k-means.
+
+    What an untrained encoder says of different cells points almost one way: without the first, all codes would be one
+    before the texts have told them apart. Codes that are far from all vectors are never chosen, nor trained.
 
     Args:
         clips: pixels [B, T, 3, H, W]; read until there are `max_vectors` cells.
@@ -70,11 +73,14 @@ def fit_codes(
     parts, count = [], 0
     for pixels in clips:
         everywhere = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
-        parts.append(quantizer(encoder(pixels, everywhere, None).x).near.flatten(0, 3).cpu())  # [N, E]
+        parts.append(quantizer.down(encoder(pixels, everywhere, None).x).float().flatten(0, 3).cpu())  # [N, E]
         count += len(parts[-1])
         if count >= max_vectors:
             break
     encoder.train(was_training)
-    vectors = torch.cat(parts)[:max_vectors]
+    cells = torch.cat(parts)[:max_vectors]
+    middle = cells.mean(0)
+    quantizer.down.bias.sub_(middle)
+    vectors = F.normalize(cells - middle, dim=-1)
     centroids = k_means(vectors, quantizer.num_codes, 20, torch.Generator().manual_seed(seed))
     quantizer.table.copy_(F.normalize(centroids, dim=-1))

@@ -70,7 +70,7 @@ class EmbeddingText(nn.Module):
         self.dim = dim
         self.words = nn.Embedding(vocab_size, dim, padding_idx=pad_id)
         self.positions = LearnedPositions(length=max_length, dim=dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-12)  # as BERT's
         self.drop = nn.Dropout(dropout)
         init_linears(self.words)
 

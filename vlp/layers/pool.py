@@ -5,6 +5,7 @@ A clip or text without anything real gives finite values.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp.layers.attention import CrossAttention
@@ -51,6 +52,18 @@ class ClsPool(nn.Module):
         if num_prefix == 0:
             raise ValueError("ClsPool needs a class token, which this video encoder does not have; use MeanPool.")
         return features.prefix[:, 0] if num_prefix == 1 else masked_mean(features.prefix, prefix_mask(features))
+
+
+class UnitFramePool(nn.Module):
+    """The mean of the unit vectors of the frames' class tokens. Source: arXiv:2104.08860, mean pooling of its code."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, video: Grid) -> Tensor:
+        """Map a grid with one class token a frame, prefix [B, T, D], to [B, D]."""
+        return masked_mean(F.normalize(video.prefix, dim=-1), prefix_mask(video))
 
 
 class ReluClsPool(nn.Module):

@@ -21,7 +21,8 @@ class MaskedWords(nn.Module):
 
     def __init__(self, *, dim: int, vocab_size: int) -> None:
         super().__init__()
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, vocab_size))
+        norm = nn.LayerNorm(dim, eps=1e-12)  # as BERT's
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), norm, nn.Linear(dim, vocab_size))
 
     def count(self, labels: Tensor) -> Tensor:
         """Return the number of masked tokens of labels [B, L]."""

@@ -33,7 +33,7 @@ def _print(asked: Sequence[str], overrides: Sequence[str]) -> int:
         raise config.ConfigError([f"{' '.join(asked)}: ask for one of them at a time."])
     command = COMMANDS[asked[0]] if asked else lambda cfg: page(cfg.run.name, cfg, estimate(cfg))
     if stages.is_asked(overrides):
-        print(_of_stages(stages_run.check(stages.parse(overrides)), command if asked else None))
+        print(_of_stages(stages_run.check(stages.parse(overrides), with_weights=False), command if asked else None))
     else:
         print(command(config.load(overrides)))
     return Exit.DONE
@@ -45,16 +45,21 @@ def _of_stages(configs: Sequence[DictConfig], command: Callable[[DictConfig], st
         return "\n\n".join(f"{cfg.run.name}:\n{command(cfg)}" for cfg in configs)
     plans = [(cfg, estimate(cfg)) for cfg in configs]
     rows = [(cfg, chosen_time(cfg, plan)) for cfg, plan in plans]
-    head = f"{'stage':<32} {'steps':>10} {'clips':>14} {'frames':>7} {'hours':>9} {'GPU-hours':>11}"
+    head = f"{'stage':<32} {'on':<16} {'steps':>10} {'clips':>16} {'frames':>7} {'hours':>9} {'GPU-hours':>11}"
     lines = [
-        f"{cfg.run.name:<32} {row['steps']:>10,} {row['steps'] * cfg.data.batch_size:>14,} {cfg.clip.num_frames:>7}"
-        f" {row['hours']:>9,.1f} {row['gpu_hours']:>11,.0f}"
+        f"{cfg.run.name:<32} {_hardware(cfg):<16} {row['steps']:>10,} {row['steps'] * cfg.data.batch_size:>16,}"
+        f" {cfg.clip.num_frames:>7} {row['hours']:>9,.1f} {row['gpu_hours']:>11,.1f}"
         for cfg, row in rows
     ]
     hours, gpu_hours = (sum(row[key] for _, row in rows) for key in ("hours", "gpu_hours"))
     steps = sum(row["steps"] for _, row in rows)
-    total = f"{'in all':<32} {steps:>10,} {'':>14} {'':>7} {hours:>9,.1f} {gpu_hours:>11,.0f}"
+    clips = sum(row["steps"] * cfg.data.batch_size for cfg, row in rows)
+    total = f"{'in all':<32} {'':<16} {steps:>10,} {clips:>16,} {'':>7} {hours:>9,.1f} {gpu_hours:>11,.1f}"
     return "\n".join([head, *lines, total])
+
+
+def _hardware(cfg: DictConfig) -> str:
+    return f"{cfg.cluster.nodes} x {cfg.cluster.gpus_per_node} {cfg.cluster.gpu}"
 
 
 def audit(cfg: DictConfig) -> str:

@@ -25,9 +25,13 @@ def _head(name: str, cfg: Any, plan: Values) -> Iterator[str]:
     cluster, trainer = cfg.cluster, cfg.trainer
     yield f"Plan of '{name}' on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}, {trainer.precision}"
     yield (
-        f"  a step: {cfg.data.batch_size:,} clips of {cfg.clip.num_frames} frames of {cfg.clip.size} pixels, "
+        f"  a step: {cfg.data.batch_size:,} clips of {_frames(cfg.clip.num_frames)} of {cfg.clip.size} pixels, "
         f"{plan['micro_batch']} a GPU" + (f", in {trainer.accumulate} micro-batches" if trainer.accumulate > 1 else "")
     )
+
+
+def _frames(number: int) -> str:
+    return "1 frame" if number == 1 else f"{number} frames"
 
 
 def _parts(plan: Values) -> Iterator[str]:
@@ -70,8 +74,20 @@ def _memory(cfg: Any, plan: Values) -> Iterator[str]:
         yield f"  {name:<17}{cells} |{active}{total}{fits}{host}"
     chosen = _chosen(cfg, plan)
     total = plan["memory"][chosen][used]["total"] / GIB
-    verdict = "fits" if total <= room else "does NOT fit"
+    verdict = "fits" if total <= room else f"does NOT fit{_what_fits(cfg, plan['micro_batch'], plan['memory'][chosen])}"
     yield f"  {chosen} with activations {used}: {total:.1f} GiB of {room:.1f}: {verdict}"
+
+
+def _what_fits(cfg: Any, micro_batch: int, row: Values) -> str:
+    """Return what makes the same batch fit on the same GPUs: the fewest micro-batches, with activations kept or not."""
+    ways = []
+    for kind in ("kept", "recomputed"):
+        largest = row[kind]["largest_micro_batch"]
+        parts = next((n for n in range(1, micro_batch + 1) if micro_batch % n == 0 and micro_batch // n <= largest), 0)
+        words = [f"trainer.accumulate={cfg.trainer.accumulate * parts}"] if parts > 1 else []
+        words += ["trainer.checkpoint_activations=true"] if kind == "recomputed" else []
+        ways += [" ".join(words)] if parts else []
+    return f"; what would: {', or '.join(ways)}" if ways else "; neither does a micro-batch of 1"
 
 
 def chosen_time(cfg: Any, plan: Values) -> Values:
@@ -96,13 +112,13 @@ def _time(cfg: Any, plan: Values) -> Iterator[str]:
         f"  failures: one in {row['mtbf_hours']:,.1f} h on {plan['ranks']} GPUs; save every "
         f"{row['save_every_s'] / 60:.0f} min ({round(row['save_every_s'] / row['step_s']):,} steps)"
     )
-    enough = (
-        "enough" if row["decode_cores_per_node"] <= cluster.cores_per_node else "NOT ENOUGH: clips will be waited for"
-    )
+    share = row["decode_cores_per_node"] / cluster.cores_per_node
+    enough = "enough" if share <= 1 else f"NOT ENOUGH: clips will be waited for, {share:.1f} times the hours above"
+    each = cluster.storage_kinds[cluster.stored_as]["decode_ms"]
     yield "\nData and storage"
     yield (
-        f"  decoding ({cluster.stored_as}): {row['decode_cores_per_node']:,.1f} cores a node of "
-        f"{cluster.cores_per_node}: {enough}"
+        f"  decoding ({cluster.stored_as}, {each:g} ms a clip, as measured for 8 frames of 10 s): "
+        f"{row['decode_cores_per_node']:,.1f} cores a node of {cluster.cores_per_node}: {enough}"
     )
     yield f"  reading: {row['read_mb_s_per_node']:,.0f} MB/s a node; the data set: {row['data_tb']:,.2f} TB"
     yield f"  a checkpoint: {row['checkpoint_gb']:.2f} GB; {cfg.trainer.keep_checkpoints} are kept"

@@ -3,6 +3,7 @@
 Axes: B clips of a micro-batch, T frames, L text length.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ from vlp import config
 from vlp.layers.block import blocks_of, checkpoint_blocks
 from vlp.planning.kernels import Kernels
 from vlp.training import optim
-from vlp.training.assemble import System, assemble, wanted
+from vlp.training.assemble import System, assemble, wanted, without_weights
 from vlp.training.prepare import Fitted
-from vlp.types import Batch, nothing_more
+from vlp.types import Batch
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -44,7 +45,7 @@ class Planned(NamedTuple):
 
 
 def build(cfg: DictConfig, *, half_weights: bool = False, checkpointed: bool | None = None) -> Planned:
-    """Assemble a config on the meta device.
+    """Assemble a config on the meta device; no file of weights is read.
 
     Args:
         half_weights: keep the weights in bfloat16 whatever trainer.precision says.
@@ -53,8 +54,8 @@ def build(cfg: DictConfig, *, half_weights: bool = False, checkpointed: bool | N
     Raises:
         config.ConfigError: as `assemble` does, and a pattern of optim.freeze that matches nothing.
     """
-    with torch.device("meta"):
-        made: System = assemble(cfg)
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of parts that miss their weights
+        made: System = assemble(without_weights(cfg))
     for part in [part for root in (made.model, *made.objectives.values()) for part in root.modules()]:
         if isinstance(part, Fitted):
             part.fitted = torch.ones((), dtype=torch.bool)  # as it would be before the first step
@@ -96,6 +97,7 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
         "more_frame_mask": torch.ones(more, dtype=torch.bool),
         "more_ids": more_ids,
         "more_mask": torch.ones_like(more_ids, dtype=torch.bool),
+        "label": torch.zeros(num_clips, dtype=torch.int64),
     }
     return Batch(
         frames=torch.zeros((*shape, clip.size, clip.width, 3), dtype=torch.uint8, device="meta"),
@@ -104,7 +106,7 @@ def batch_of(cfg: DictConfig, num_clips: int) -> Batch:
         text_ids=text_ids,
         text_mask=torch.ones_like(text_ids, dtype=torch.bool),
         word_ids=word_ids,
-        **nothing_more(num_clips) | others,
+        **others,
         valid=torch.ones(num_clips, dtype=torch.bool),
         status=torch.zeros(num_clips, dtype=torch.int64),
         sample_id=numbers,

@@ -41,6 +41,7 @@ class Peak(NamedTuple):
 
 
 ASSUMED_SHARE = 0.15  # of a selection whose size depends on features: the usual share of what is hidden
+LARGEST_KNOWN = 2**22  # values of a mask that are computed; of larger ones, over pairs of tokens, the shape is enough
 
 
 class Shapes(TorchDispatchMode):
@@ -73,7 +74,8 @@ class Shapes(TorchDispatchMode):
         args, kwargs = tree_unflatten([x.to(META) if isinstance(x, Tensor) else x for x in flat], spec)
         out = self._followed(func(*args, **kwargs))
         self.kernels += not func.is_view
-        if is_known and isinstance(out, Tensor):  # a mask that was moved to the device of the features
+        if is_known and isinstance(out, Tensor) and out.numel() <= LARGEST_KNOWN:
+            # a mask that was moved to the device of the features
             args, kwargs = tree_unflatten(known, given)
             kwargs.pop("device", None)
             out.known = func(*args, **kwargs)  # type: ignore[attr-defined]

@@ -33,7 +33,8 @@ def make_run(source: Path, overrides: Sequence[str]) -> tuple[Path, init.Report]
     report = init.start_from(module, source, skip=cfg.init.skip)
     if report.missing:
         names = ", ".join(report.missing[:3])
-        raise config.ConfigError([f"{source}: {len(report.missing)} tensors are missing, such as {names}."])
+        what = f"{source}: {len(report.missing)} tensors are missing, such as {names}"
+        raise config.ConfigError([f"{what}; if no score needs them, name them in init.skip."])
     run_dir.create(directory)
     with run_dir.locked(directory):
         if checkpoint.all_steps(directory / "checkpoints"):

@@ -10,6 +10,8 @@ from vlp import config
 from vlp.forward import Graph, Wiring, flat, unused_parts
 from vlp.types import Batch
 
+_UNREAD = {"checkpoint_path": None, "path": None, "pretrained": False}  # of a part that reads published weights
+
 
 class System(NamedTuple):
     """What a config describes, built, wired and checked, before any data is opened."""
@@ -64,6 +66,20 @@ def build_part(node: Any, path: str) -> Any:
     return config.build(
         {key: value for key, value in plain(node).items() if key not in ("weight", "inputs", "modality")}, path
     )
+
+
+def without_weights(cfg: DictConfig) -> DictConfig:
+    """Return the config whose parts read no files of weights, for what needs the shapes alone."""
+    return OmegaConf.create(_emptied(plain(cfg)))
+
+
+def _emptied(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_emptied(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    given = {key: value for key, value in _UNREAD.items() if "_target_" in node and key in node}
+    return {key: _emptied(child) for key, child in node.items()} | given
 
 
 def plain(node: Any) -> Any:

@@ -3,7 +3,7 @@
 init.run --newest valid checkpoint, averaged weights where there are any--> tensors by name
   used        same name, same shape
   resized     a table of positions of another length or grid
-  missing     of this run only: they keep their random start
+  missing     of this run only: they start as built, at random or from a file of their own
   left over   of the earlier run only: they are not loaded
   skipped     by init.skip
 
@@ -46,7 +46,7 @@ class Report(NamedTuple):
         for kind in ("resized", "missing", "left_over", "skipped"):
             names = _by_part(getattr(self, kind)) if kind != "resized" else self.resized
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            words = {"missing": "start at random", "left_over": "left over"}.get(kind, kind)
+            words = {"missing": "not in it, start as built", "left_over": "left over"}.get(kind, kind)
             if names:
                 lines.append(f"  {words}: {', '.join(names[:_SHOWN])}{more}")
         return "\n".join(lines)
@@ -150,9 +150,9 @@ def _resized(name: str, tensor: Tensor, target: Tensor, grid: tuple[int, int] | 
     """Return a table of positions in another size; None if the name is none or the widths differ."""
     if tensor.ndim != target.ndim or tensor.shape[-1] != target.shape[-1]:
         return None
-    if name.endswith("time_positions.table"):
+    if name.endswith(("time_positions.table", "times.table")):
         return resize_time(tensor, target.shape[0])
-    if name.endswith("space_positions.table"):
+    if name.endswith(("space_positions.table", "places.table")):
         return resize_space(tensor, target.shape[0], target.shape[1])
     if name.endswith("pos_embed") and tensor.ndim == 3:
         return _resized_grid(tensor, target, grid)

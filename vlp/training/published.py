@@ -128,6 +128,11 @@ def _row(name: str, index: int) -> Callable[[Tensors], Tensor | None]:
     return lambda tensors: tensors[name].reshape(-1, tensors[name].shape[-1])[index] if name in tensors else None
 
 
+def _stated(name: str, value: float) -> Callable[[Tensors], Tensors]:
+    """Add a constant that the published code states and its checkpoints lack."""
+    return lambda tensors: {**tensors, name: torch.tensor([value])}
+
+
 def _violet_places(tensor: Tensor) -> Tensor:
     """Rows 1 to 49 of the table are the 7 x 7 cells of a frame of 224 pixels; the others are never read."""
     return rearrange(table(tensor)[1:50], "(h w) d -> h w d", h=7)
@@ -142,14 +147,17 @@ _VIT = r"(cls_token|pos_embed|patch_embed\..*|blocks\.\d+\.(?:norm1|norm2|attn|m
 
 FROZEN = Layout(
     (
+        Rule("temperature", "model.temperature.value", lambda value: -value.log()),
         Rule(r"video_model\.temporal_embed", "model.video_encoder.time_positions.table", table),
         Rule(r"video_model\.(blocks\.\d+)\.timeattn\.(.*)", r"model.video_encoder.\1.time_attn.\2"),
         Rule(r"video_model\.(blocks\.\d+)\.norm3\.(.*)", r"model.video_encoder.\1.time_norm.\2"),
         Rule(rf"video_model\.{_VIT}", r"model.video_encoder.\1"),
+        Rule(r"text_model\.embeddings\.position_ids", None, reason=_BUFFER),
         Rule(r"text_model\.(.*)", r"model.text_encoder.model.\1"),
         Rule(r"txt_proj\.1\.(.*)", r"model.text_projection.\1"),
         Rule(r"vid_proj\.0\.(.*)", r"model.video_projection.\1"),
-    )
+    ),
+    (_stated("temperature", 0.05),),
 )
 
 _BERT_LAYER = (
@@ -294,11 +302,12 @@ def _without_clip(tensors: Tensors) -> Tensors:
 
 CLIP4CLIP = Layout(
     (
+        Rule(r"visual\.proj", "model.connectors.project.linear.weight", lambda proj: rearrange(proj, "d e -> e d")),
         *OPEN_CLIP.rules,
         Rule(
-            r"(?:frame_position_embeddings|transformerClip|cross|similarity_dense)\..*",
+            r"(?:frame_position_embeddings|transformerClip|lstm_visual|cross|similarity_dense)\..*",
             None,
-            reason="a head over frames",
+            reason="a head over frames, which mean pooling has not",
         ),
     ),
     (_without_clip, _split_text),

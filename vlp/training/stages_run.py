@@ -22,7 +22,7 @@ from vlp import config, stages
 from vlp.report import cells
 from vlp.stages import Stages
 from vlp.training import redact, run_dir, signals, sweep_local
-from vlp.training.assemble import assemble, plain
+from vlp.training.assemble import assemble, plain, without_weights
 from vlp.training.exits import Exit, StopRun
 
 _PASSED = "VLP_STAGES_DONE"  # how many stages this command has finished: other ranks end before the record says so
@@ -55,8 +55,11 @@ def main(words: Sequence[str], train: Callable[[Callable[[], DictConfig]], int])
     return code
 
 
-def check(plan: Stages) -> list[DictConfig]:
+def check(plan: Stages, *, with_weights: bool = True) -> list[DictConfig]:
     """Return the configs of all stages, composed, checked, and put together without memory for their weights.
+
+    Args:
+        with_weights: look for the files of published weights that parts read.
 
     Raises:
         config.ConfigError: all findings, each with its stage.
@@ -67,7 +70,7 @@ def check(plan: Stages) -> list[DictConfig]:
             cfg = config.load(stages.starting(plan, number, runs))
             runs = cfg.paths.runs
             with torch.device("meta"):
-                assemble(cfg)
+                assemble(cfg if with_weights else without_weights(cfg))
             configs.append(cfg)
         except config.ConfigError as error:
             messages += [f"{message} (in {stage.name})" for message in error.messages]
