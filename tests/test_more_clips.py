@@ -200,7 +200,7 @@ def test_clips_of_a_sample_can_be_contrasted(place, monkeypatch):
 
 def test_objective_over_other_clips_without_any_is_refused(place):
     cfg = config.load([*overrides(place, "none", "objective=[contrastive]"), SECOND[1]])
-    with pytest.raises(config.ConfigError, match=r"clip\.more_clips: 0 other clips a sample, but"):
+    with pytest.raises(config.ConfigError, match=r"clip\.more_clips: 0 other clips of a sample, but"):
         assemble(cfg)
 
 

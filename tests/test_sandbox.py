@@ -128,7 +128,8 @@ except BlockingIOError:
 
 
 def test_secrets_of_the_environment_and_open_connections_do_not_reach_a_worker():
-    environment = os.environ | {"VLP_TEST_TOKEN": "canary", "VLP_TEST_WORD": "word"}
+    here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's, with this folder
+    environment = os.environ | {"VLP_TEST_TOKEN": "canary", "VLP_TEST_WORD": "word"} | here
     done = subprocess.run([sys.executable, "-c", SHOWS], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[(False, 'word', 0)]", "[(True, 'word', 0)]", "nothing came"], done.stderr
 
