@@ -28,7 +28,7 @@ def test_head_is_that_of_bert():
     theirs = BertLMPredictionHead(BertConfig(hidden_size=5, vocab_size=7))
     ours = MaskedWords(dim=5, vocab_size=7)
     ours.head[0].load_state_dict(theirs.transform.dense.state_dict())
-    ours.head[3].load_state_dict({"weight": theirs.decoder.weight, "bias": theirs.bias})
+    ours.head[3].load_state_dict(theirs.decoder.state_dict())
     x = 0.1 * torch.randn(2, 3, 5)  # what its norm sees is small, so that its eps counts
     torch.testing.assert_close(ours.score(Tokens(x, MASK[:2])), theirs(x), atol=1e-6, rtol=1e-5)
 

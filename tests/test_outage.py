@@ -30,7 +30,7 @@ from vlp.training import checkpoint, ledger
 from vlp.training.exits import Exit
 from vlp.types import Reason
 
-QUICK = Retry(budget_s=0.4, first_wait_s=0.02, max_wait_s=0.1, idle_s=0.2)
+QUICK = Retry(budget_s=2.0, first_wait_s=0.02, max_wait_s=0.1, idle_s=0.7)
 SAYS = " gives no answer ("
 TIMEOUT_S = 6.0  # of the watchdog
 
