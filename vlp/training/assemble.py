@@ -70,7 +70,7 @@ def build_part(node: Any, path: str) -> Any:
 
 def without_weights(cfg: DictConfig) -> DictConfig:
     """Return the config whose parts read no files of weights, for what needs the shapes alone."""
-    return OmegaConf.create(_emptied(plain(cfg)))
+    return DictConfig(_emptied(plain(cfg)))
 
 
 def _emptied(node: Any) -> Any:
