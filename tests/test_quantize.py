@@ -14,12 +14,13 @@ FRAMES = torch.tensor([[True, True, False], [True, True, True]])
 def quantized():
     torch.manual_seed(0)
     quantizer, x = Quantizer(dim=D, num_codes=K, code_dim=E), torch.randn(B, T, H, W, D, requires_grad=True)
+    torch.nn.init.normal_(quantizer.turn.weight)
     return quantizer, x, quantizer(x)
 
 
 def test_codes_are_those_of_the_least_distance():
     quantizer, x, found = quantized()
-    near, table = F.normalize(quantizer.down(x), dim=-1), F.normalize(quantizer.table, dim=-1)
+    near, table = F.normalize(quantizer.down(x), dim=-1), F.normalize(quantizer.turn(quantizer.table), dim=-1)
     for place in torch.ones(B, T, H, W).nonzero().tolist():
         distances = [float((near[tuple(place)] - code).detach().norm()) for code in table]
         assert int(found.codes[tuple(place)]) == distances.index(min(distances))
@@ -27,17 +28,30 @@ def test_codes_are_those_of_the_least_distance():
 
 def test_what_goes_on_is_the_code_and_the_gradient_is_that_of_the_input():
     quantizer, x, found = quantized()
-    torch.testing.assert_close(found.x, quantizer.up(F.normalize(quantizer.table, dim=-1)[found.codes]))
+    torch.testing.assert_close(found.x, quantizer.up(F.normalize(quantizer.turn(quantizer.table), dim=-1)[found.codes]))
     (through,) = torch.autograd.grad(found.x.sum(), x, retain_graph=True)
     (straight,) = torch.autograd.grad(quantizer.up(F.normalize(quantizer.down(x), dim=-1)).sum(), x)
     torch.testing.assert_close(through, straight)
 
 
-def test_only_codes_that_were_chosen_are_moved():
+def test_codes_that_nothing_chose_move_with_those_that_were():
     quantizer, _, found = quantized()
-    (gradient,) = torch.autograd.grad(found.x.square().sum(), quantizer.table)
-    moved = gradient.abs().sum(1) > 0
-    assert moved.nonzero()[:, 0].tolist() == found.codes.unique().tolist()
+    unused = sorted(set(range(K)) - set(found.codes.flatten().tolist()))
+    assert unused and "table" not in dict(quantizer.named_parameters())
+    before, table = F.normalize(quantizer.turn(quantizer.table), dim=-1).detach(), quantizer.table.clone()
+    (gradient,) = torch.autograd.grad(found.x.square().sum(), quantizer.turn.weight)
+    with torch.no_grad():
+        quantizer.turn.weight -= 0.1 * gradient
+    moved = (F.normalize(quantizer.turn(quantizer.table), dim=-1) - before).norm(dim=1)
+    assert (moved[unused] > 1e-4).all() and torch.equal(quantizer.table, table)
+
+
+def test_codes_start_where_they_are_put():
+    quantizer, _, _ = quantized()
+    there = F.normalize(torch.randn(K, E), dim=-1)
+    torch.nn.init.normal_(quantizer.turn.weight)
+    quantizer.place(there)
+    torch.testing.assert_close(quantizer.turn(quantizer.table), there)
 
 
 def test_commitment_equals_the_reference_and_ignores_what_is_not_there():

@@ -52,6 +52,7 @@ def test_a_head_that_an_objective_lends_can_choose(tmp_path):
     lent = {"choice": lambda fused: -fused.x[:, 0].norm(dim=-1)}  # the toy's fusion is the difference of the vectors
     found = run(tmp_path, task, CHOICES, videos=vectors("red", "three", "two"), scorers=lent)
     assert row(found, "choice_accuracy")["raw"] == pytest.approx(200 / 3) and task.borrows == ("choice",)
+    assert row(found, "choice_accuracy")["metric"] == "accuracy by choice"  # a task may ask in several ways
 
 
 def test_likelihood_is_that_of_the_tokens_after_the_first():

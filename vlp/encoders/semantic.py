@@ -83,4 +83,4 @@ def fit_codes(
     quantizer.down.bias.sub_(middle)
     vectors = F.normalize(cells - middle, dim=-1)
     centroids = k_means(vectors, quantizer.num_codes, 20, torch.Generator().manual_seed(seed))
-    quantizer.table.copy_(F.normalize(centroids, dim=-1))
+    quantizer.place(F.normalize(centroids, dim=-1))

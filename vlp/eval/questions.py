@@ -39,6 +39,7 @@ class OptionScore(Protocol):
 
     needs: tuple[str, ...]
     borrows: tuple[str, ...]  # scorers that objectives must lend
+    name: str  # in a word or two
 
     def protocol(self) -> str: ...
 
@@ -52,6 +53,7 @@ class ByCosine:
 
     needs: tuple[str, ...] = ("video_embed", "text_embed")
     borrows: tuple[str, ...] = ()
+    name = "cosine"
 
     def protocol(self) -> str:
         return "cosine of question and option with the video"
@@ -67,6 +69,7 @@ class ByScorer:
 
     def __init__(self, *, scorer: str = "matching") -> None:
         self.borrows: tuple[str, ...] = (scorer,)
+        self.name = scorer
 
     def protocol(self) -> str:
         return f"logit of the '{self.borrows[0]}' head"
@@ -83,6 +86,7 @@ class ByLikelihood:
 
     def __init__(self, *, per_token: bool = True) -> None:
         self.per_token = per_token
+        self.name = f"likelihood {'per token' if per_token else 'in all'}"
 
     def protocol(self) -> str:
         return f"caption log-likelihood {'per token' if self.per_token else 'in all'}"
@@ -152,7 +156,7 @@ class MultipleChoice:
                     )
 
     def finish(self) -> dict:
-        return right_or_wrong(self.title, "accuracy", self.key, self.asked, self.num_examples)
+        return right_or_wrong(self.title, f"accuracy by {self.by.name}", self.key, self.asked, self.num_examples)
 
     def _text(self, question: dict | None, option: int) -> str:
         if question is None or option >= len(question["options"]):

@@ -24,12 +24,18 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """The nearest of K unit vectors in a space of few dimensions.
 
+    The codes are a table that stays as it was fitted, under one learned matrix: what moves a code that is chosen moves
+    those that are not, so that none is left behind where no vector comes.
+
     Args:
         dim: D. num_codes: K. code_dim: E.
 
-    Source: arXiv:1711.00937, 3.2 (straight-through gradient); unit vectors of few dimensions: arXiv:2110.04627, 3.2.
-    Deviation: the gradient of what follows reaches the chosen code as well, so that codes learn what they are used for.
+    Source: arXiv:1711.00937, 3.2 (straight-through gradient); unit vectors of few dimensions: arXiv:2110.04627, 3.2;
+    the matrix: arXiv:2411.02038, 3.2. Deviation: the gradient of what follows reaches the chosen code as well, so that
+    codes learn what they are used for.
     """
+
+    table: Tensor
 
     def __init__(self, *, dim: int, num_codes: int, code_dim: int = 32) -> None:
         super().__init__()
@@ -37,12 +43,20 @@ class Quantizer(nn.Module):
             raise ValueError(f"num_codes={num_codes} must be at least 2.")
         self.dim, self.num_codes = dim, num_codes
         self.down, self.up = nn.Linear(dim, code_dim), nn.Linear(code_dim, dim)
-        self.table = nn.Parameter(F.normalize(torch.randn(num_codes, code_dim), dim=-1))
+        self.turn = nn.Linear(code_dim, code_dim, bias=False)
+        self.register_buffer("table", torch.zeros(num_codes, code_dim))
+        self.place(F.normalize(torch.randn(num_codes, code_dim), dim=-1))
+
+    @torch.no_grad()
+    def place(self, vectors: Tensor) -> None:
+        """Put the codes at unit vectors [K, E]."""
+        self.table.copy_(vectors)
+        nn.init.eye_(self.turn.weight)
 
     def forward(self, x: Tensor) -> Quantized:
         """Map [..., D] to codes and what they stand for."""
         near = F.normalize(self.down(x).float(), dim=-1)  # [..., E]
-        table = F.normalize(self.table.float(), dim=-1)
+        table = F.normalize(self.turn(self.table).float(), dim=-1)
         codes = nearest(near.detach().flatten(0, -2), table.detach()).view(near.shape[:-1])
         chosen = F.embedding(codes, table)
         passed = chosen + (near - near.detach())  # the value of `chosen`, a gradient to both
