@@ -40,6 +40,15 @@ def test_a_small_palette_leaves_few_looks_and_every_kind_of_event():
     assert [is_held_out(one) for one in made] == [False] * 300 + [True] * 300
 
 
+def test_a_palette_of_one_object_leaves_out_stories_of_two():
+    made = [
+        scene(0, index, split, palette=Palette(num_objects=1)) for split in ("train", "test") for index in range(300)
+    ]
+    assert {len(one.objects) for one in made} == {1}
+    assert {event.kind for one in made for event in one.events} == set(OPPOSITES)
+    assert 0.5 < sum(len(one.events) == 2 for one in made) / len(made) < 0.7
+
+
 def test_every_test_scene_shows_a_combination_that_train_never_shows():
     seen = set().union(*(combinations(one) for one in TRAIN))
     assert all(combinations(one) - seen for one in TEST)

@@ -111,9 +111,9 @@ def test_lost_manifest_is_written_again_without_rendering(world, content):
 
 def test_changed_parameters_have_a_folder_of_their_own(tmp_path):
     changes = [{}, {"seed": 1}, {"num_train": 8}, {"num_test": 4}, {"size": 34}, {"num_frames": 7}, {"fps": 13.0}]
-    changes += [{"clips_per_shard": 2}, {"num_shapes": 2}, {"num_colours": 4}]
+    changes += [{"clips_per_shard": 2}, {"num_shapes": 2}, {"num_colours": 4}, {"num_objects": 1}]
     assert len({World(root=str(tmp_path), **(TINY | change)).directory for change in changes}) == len(changes)
-    whole = {"num_shapes": 7, "num_colours": 8}
+    whole = {"num_shapes": 7, "num_colours": 8, "num_objects": 2}
     assert World(root=str(tmp_path), **TINY).directory == World(root=str(tmp_path), **TINY, **whole).directory
 
 
@@ -129,6 +129,7 @@ def test_changed_parameters_have_a_folder_of_their_own(tmp_path):
         ({"num_frames": 1}, "num_frames=1"),
         ({"num_shapes": 1}, "num_shapes=1 must be 2 to 7"),
         ({"num_colours": 3}, "num_colours=3 must be 4 to 8"),
+        ({"num_objects": 3}, "num_objects=3 must be 1 to 2"),
     ],
 )
 def test_world_refuses_impossible_parameters(tmp_path, change, words):

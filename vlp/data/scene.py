@@ -95,14 +95,16 @@ class Track(NamedTuple):
 
 
 class Palette(NamedTuple):
-    """How much things differ in looks: the first of the shapes and of the colours. The fewer, the more time decides."""
+    """How much clips differ in looks: the first of the shapes and of the colours. The fewer, the more time decides."""
 
     num_shapes: int = len(SHAPES)
     num_colours: int = len(COLOURS)
+    num_objects: int = 2  # at most, in a clip
 
     def check(self) -> None:
         """Raise ValueError unless two objects, and what they turn into, can look different."""
-        for name, least, most in (("num_shapes", 2, len(SHAPES)), ("num_colours", 4, len(COLOURS))):
+        limits = (("num_shapes", 2, len(SHAPES)), ("num_colours", 4, len(COLOURS)), ("num_objects", 1, 2))
+        for name, least, most in limits:
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} to {most}.")
 
@@ -119,7 +121,8 @@ def scene(seed: int, index: int, split: str, *, duration_s: float = DURATION_S, 
         raise ValueError(f"split={split!r} is not a split of the embedded world; use 'train' or 'test'.")
     key = mix(seed, zlib.crc32(split.encode()), index)
     rng = generator(key, "scene")
-    story = str(rng.choice([name for name, _ in _STORIES], p=[share for _, share in _STORIES]))
+    names, shares = zip(*(each for each in _STORIES if _num_objects(each[0]) <= palette.num_objects), strict=True)
+    story = str(rng.choice(names, p=np.array(shares) / sum(shares)))
     while True:  # the kind of story is drawn once, so that refusals do not change the mixture
         drawn = _draw(story, rng, Scene(key, duration_s, (), ()), palette)
         if is_held_out(drawn) == (split == "test") and _is_possible(drawn) and next(negatives(drawn), None):
@@ -154,9 +157,13 @@ def tracks(scene: Scene, num_frames: int) -> list[Track]:
     return [_track(scene, number, times) for number in range(len(scene.objects))]
 
 
+def _num_objects(story: str) -> int:
+    return 2 if story in ("in_turn", "beside") else 1
+
+
 def _draw(story: str, rng: np.random.Generator, empty: Scene, palette: Palette) -> Scene:
     """Draw objects and kinds of events, without regard to what is possible."""
-    num_objects = 2 if story in ("in_turn", "beside") else 1
+    num_objects = _num_objects(story)
     num_events = 2 if story in ("in_turn", "twice") else 1
     shapes = rng.choice(SHAPES[: palette.num_shapes], num_objects, replace=False)
     colours = [str(colour) for colour in rng.permutation(list(COLOURS)[: palette.num_colours])]

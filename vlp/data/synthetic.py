@@ -58,6 +58,7 @@ class World:
             grey, which stands for what such cameras see.
         num_shapes: of 7; with fewer shapes and colours more clips look alike and differ only in what happens.
         num_colours: of 8.
+        num_objects: in a clip, at most 2; with 1, looks tell even fewer clips apart.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class World:
         shows: str = "video",
         num_shapes: int = FULL.num_shapes,
         num_colours: int = FULL.num_colours,
+        num_objects: int = FULL.num_objects,
     ) -> None:
         for name, value in {"num_train": num_train, "num_test": num_test, "clips_per_shard": clips_per_shard}.items():
             if value < 1:
@@ -83,7 +85,7 @@ class World:
         check_shape(size=size, num_frames=num_frames)
         if shows not in SHOWN:
             raise ValueError(f"shows={shows!r} is not known; use one of {', '.join(SHOWN)}.")
-        self.palette = Palette(num_shapes, num_colours)
+        self.palette = Palette(num_shapes, num_colours, num_objects)
         self.palette.check()
         self.num_clips = {"train": num_train, "test": num_test}
         self.seed, self.size, self.num_frames, self.fps = seed, size, num_frames, fps
