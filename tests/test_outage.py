@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +37,14 @@ SAYS = " gives no answer ("
 TIMEOUT_S = 6.0  # of the watchdog
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    made = World(
-        root=str(tmp_path_factory.mktemp("w")), num_train=30, num_test=4, size=32, num_frames=4, clips_per_shard=3
-    )
+def few_clips(root: Path) -> World:
+    made = World(root=str(root), num_train=30, num_test=4, size=32, num_frames=4, clips_per_shard=3)
     made.prepare()
     return made
 
 
-@pytest.fixture
-def server(world):
+@contextmanager
+def serving(world: World) -> Iterator[ObjectServer]:
     with ObjectServer() as running:
         for shard in (*world.shards("train"), *world.shards("test")):
             running.objects[f"/{Path(shard).name}"] = Path(shard).read_bytes()
@@ -53,13 +52,35 @@ def server(world):
         running.shutdown()
 
 
-@pytest.fixture(scope="module")
-def near(place, world):
-    """A run on the same shards, read from the disk."""
+def from_disk(place: Path, world: World, *more: str) -> DictConfig:
+    """The config of a run on the shards as files."""
     words = [word for word in TOY if "sources.world" not in word]
     words += [f"data.sources.shards.{split}=[{','.join(world.shards(split))}]" for split in ("train", "test")]
     places = [f"paths.runs={place / 'runs'}", f"paths.data={place / 'data'}", "run.name=x"]
-    return config.load([*words, *places, "data=shards", "trainer.max_steps=6", "trainer.timeout_s=100"])
+    return config.load([*words, *places, "data=shards", "trainer.max_steps=6", *more])
+
+
+def from_server(cfg: DictConfig, world: World, server: ObjectServer, index_dir: Path) -> DictConfig:
+    """The same run on the shards of the server."""
+    urls = {split: [f"{server.url}/{Path(shard).name}" for shard in world.shards(split)] for split in ("train", "test")}
+    lists = {f"data__sources__shards__{split}": shards for split, shards in urls.items()}
+    return changed(cfg, data__index_dir=str(index_dir), **lists)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return few_clips(tmp_path_factory.mktemp("w"))
+
+
+@pytest.fixture
+def server(world):
+    with serving(world) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def near(place, world):
+    return from_disk(place, world, "trainer.timeout_s=100")
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +99,7 @@ def steady(place, near):
 
 @pytest.fixture
 def cfg(near, world, server, tmp_path):
-    urls = {split: [f"{server.url}/{Path(shard).name}" for shard in world.shards(split)] for split in ("train", "test")}
-    lists = {f"data__sources__shards__{split}": shards for split, shards in urls.items()}
-    return changed(near, data__index_dir=str(tmp_path / "indexes"), **lists)
+    return from_server(near, world, server, tmp_path / "indexes")
 
 
 def be_quick(rank: int) -> None:
@@ -113,10 +132,10 @@ def rows(run: Path) -> list[tuple]:
     return sorted((row["step"], row["ids"], row["loss"], row["weights"]) for row in found)
 
 
-def run_in_the_dark(cfg: DictConfig, log: Path, dark: Dark, until, *, world_size: int = 1) -> Attempt:
+def run_in_the_dark(cfg: DictConfig, log: Path, dark: Dark, until, *, world_size: int = 1, before=be_quick) -> Attempt:
     """Start the ranks, call `until` with them when the log says that storage is away, and wait for their end."""
-    ranks = start(cfg, log=log, session=Session(world_size, before=be_quick))
-    deadline = time.monotonic() + 60
+    ranks = start(cfg, log=log, session=Session(world_size, before=before))
+    deadline = time.monotonic() + 120
     while not (log.exists() and SAYS in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert SAYS in log.read_text(), log.read_text()
